@@ -1,0 +1,32 @@
+"""PCB-Merging for mergekit: ``merge_method: pcb``.
+
+Importing this package makes the method available to mergekit in this process, now or once
+mergekit is imported. It imports neither torch nor mergekit itself.
+"""
+
+from __future__ import annotations
+
+from mergekit_pcb._autoload import TYPE_CHECKING, register
+from mergekit_pcb._autoload import install as _install
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from mergekit_pcb.errors import PCBError
+    from mergekit_pcb.method import PCBMerge
+
+__version__ = "0.1.0"
+__all__ = ["PCBError", "PCBMerge", "__version__", "register"]
+
+_HOMES = {"PCBError": "mergekit_pcb.errors", "PCBMerge": "mergekit_pcb.method"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+_install()

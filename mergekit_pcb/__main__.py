@@ -1,0 +1,5 @@
+"""``python -m mergekit_pcb`` is ``mergekit-pcb``."""
+
+from mergekit_pcb.cli import main
+
+main(prog_name="mergekit-pcb")

@@ -1,0 +1,126 @@
+"""How mergekit's own commands learn of ``pcb``: standard library only, and never in the way.
+
+mergekit loads no plugins, so two start-up files at the root of the installation call
+:func:`install` in every Python process. That adds a finder to ``sys.meta_path`` which lets
+three modules of mergekit load as always and then does its one job in each, once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False  # typing itself would triple the cost of this module
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+SWITCH = "MERGEKIT_PCB_AUTOLOAD"
+
+
+def install() -> None:
+    """Register ``pcb`` now if mergekit is loaded already, else as soon as it is."""
+    import os
+
+    if os.environ.get(SWITCH) == "0":
+        return
+    for name, act in _ACTIONS.items():
+        module = sys.modules.get(name)
+        # A module still being imported is the business of the finder that is importing it.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _attempt(act, module)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        missing = [name for name in _ACTIONS if name not in sys.modules]
+        if missing:
+            sys.meta_path.insert(0, _Finder(missing))
+
+
+def register() -> None:
+    """Register ``pcb`` with mergekit, importing mergekit if need be.
+
+    Does nothing where it is registered already.
+    """
+    import mergekit.merge_methods.registry as registry
+
+    _register(registry)
+
+
+def _register(registry: ModuleType) -> None:
+    registered = {method.spec.name: method for method in registry.registered_methods()}
+    if "pcb" not in registered:
+        import mergekit_pcb.method  # noqa: F401 - registers itself
+    elif not type(registered["pcb"]).__module__.startswith("mergekit_pcb."):
+        raise RuntimeError(
+            "mergekit already has a method named pcb, which is left alone; uninstall "
+            "mergekit-pcb, or the other provider, to choose one"
+        )
+
+
+def _extend_genome(genome: ModuleType) -> None:
+    genome.METHOD_PARAM_MAPS.setdefault("pcb", ["weight", "density"])
+
+
+_ACTIONS: dict[str, Callable[[ModuleType], None]] = {
+    "mergekit.merge_methods.registry": _register,
+    "mergekit.evo.genome": _extend_genome,
+}
+
+
+def _attempt(act: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """mergekit has to keep working whatever is wrong with this package."""
+    try:
+        act(module)
+    except Exception as error:
+        import warnings
+
+        warnings.warn(
+            f"cannot provide merge_method: pcb; because {type(error).__name__}: {error}; "
+            "reinstall or uninstall mergekit-pcb",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Finder:
+    """A meta path finder for the modules that wait for their action."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._waiting = set(names)
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if name not in self._waiting:
+            return None
+        self._waiting.discard(name)
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        for finder in [finder for finder in sys.meta_path if finder is not self]:
+            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, _ACTIONS[name])
+                return spec
+        return None
+
+
+class _Loader:
+    """Lets the real loader do everything, then acts on the loaded module."""
+
+    def __init__(self, loader: Loader, act: Callable[[ModuleType], None]) -> None:
+        self._loader, self._act = loader, act
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Whoever asks the module for its source or resources later wants the real loader.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _attempt(self._act, module)

@@ -1,0 +1,63 @@
+"""The merging walk: measured statistics and coefficients to merged values, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_pcb.balance import (
+    SMALLEST_DIVISOR,
+    Balance,
+    magnitude,
+    rescale_,
+    score,
+    signed_,
+)
+from mergekit_pcb.statistics import OutOfRange, Statistics
+from mergekit_pcb.task_vectors import Aligned, Chunk, Scratch, chunk_elements
+
+
+def merge(
+    aligned: Aligned, statistics: Statistics, weights: Sequence[float], scale: float
+) -> torch.Tensor:
+    """``b + scale · Σ_i weight_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` as a new flat tensor.
+
+    The result is linear in ``weights`` (they do not enter the divisor) and has the base's
+    dtype; elements no task weighs keep the base's bits. Raises
+    :class:`~mergekit_pcb.statistics.OutOfRange` where that dtype cannot hold the result.
+    """
+    competing = [task for task, balance in enumerate(statistics.balances) if not balance.silent]
+    if not competing or scale == 0:
+        return aligned.base.clone()
+    merged = torch.empty_like(aligned.base)
+    overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
+    parts = merged.split(chunk_elements(merged.device))
+    for part, chunk in zip(parts, aligned.chunks(Scratch(statistics.dtype)), strict=True):
+        # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
+        opposite = _delta(chunk, competing, statistics.balances, [-scale * w for w in weights])
+        part.copy_(torch.sub(chunk.base, opposite, out=opposite))
+        overflow |= ~torch.stack(torch.aminmax(part)).isfinite().all()
+    if overflow:
+        raise OutOfRange
+    return merged
+
+
+def _delta(
+    chunk: Chunk, competing: Sequence[int], balances: Sequence[Balance], weights: Sequence[float]
+) -> torch.Tensor:
+    """The weighted mean of the clamped task vectors of a chunk; never −0.0."""
+    total = chunk.total()
+    buffer = chunk.scratch
+    numerator = buffer("numerator", total).zero_()
+    divisor = buffer("divisor", total).zero_()
+    for task in competing:
+        tau, balance = chunk.task_vector(task), balances[task]
+        clamped = magnitude(tau, balance, out=buffer("clamped", tau))
+        scores, scratch = buffer("score", tau), buffer("product", tau)
+        score(tau, clamped, total, balance, len(balances), out=scores, scratch=scratch)
+        share = rescale_(scores, balance)
+        divisor.add_(share)
+        merged = signed_(clamped, tau, scratch=scratch)
+        numerator.add_(share.mul_(merged), alpha=weights[task])
+    return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))

@@ -1,0 +1,129 @@
+"""Aligned tensors and the task vectors between them, cut into chunks.
+
+A result never depends on where a tensor is cut; whatever looks beyond one chunk belongs
+to ``statistics.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# Bounds full-precision scratch independently of the size of a tensor, and keeps a chunk's
+# handful of temporaries in the caches of a CPU (1 MiB each in float32).
+CPU_CHUNK_ELEMENTS = 1 << 18
+# torch splits an elementwise operation into pieces of 2^15 elements, one thread each.
+CPU_CHUNK_ELEMENTS_PER_THREAD = 1 << 15
+# Large enough to keep an accelerator busy and to make the waits for it rare (64 MiB each).
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
+# A chunk's task vectors are needed twice, for their sum and for themselves. So many are
+# computed once; with more tasks the memory would matter more than the subtraction.
+HELD_TASK_VECTORS = 8
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One tensor of the base model and of every task, flattened: same length, same device.
+
+    Built by :meth:`of`; contiguous tensors are borrowed, never copied and never written to.
+    """
+
+    name: str
+    base: torch.Tensor
+    tasks: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, name: str, base: torch.Tensor, tasks: Sequence[torch.Tensor]) -> Aligned:
+        """Flatten tensors of one shape in row-major order, outside of autograd."""
+        flat = [tensor.detach().reshape(-1) for tensor in (base, *tasks)]
+        return cls(name, flat[0], tuple(flat[1:]))
+
+    def __len__(self) -> int:
+        return self.base.numel()
+
+    def chunks(self, scratch: Scratch) -> Iterator[Chunk]:
+        """Walk over all elements in order, with arithmetic in the precision of ``scratch``."""
+        step = chunk_elements(self.base.device)
+        for start in range(0, len(self), step):
+            yield self._part(slice(start, start + step), scratch)
+
+    def every(self, step: int, first: int, scratch: Scratch) -> Chunk:
+        """Every ``step``-th element from ``first`` on, as one chunk."""
+        return self._part(slice(first, None, step), scratch)
+
+    def _part(self, part: slice, scratch: Scratch) -> Chunk:
+        base = self.base[part]
+        if base.dtype != scratch.dtype:
+            base = scratch("base", base).copy_(base)
+        return Chunk(base, tuple(task[part] for task in self.tasks), scratch)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some elements of an aligned tensor, valid until the next chunk of the same scratch.
+
+    ``base`` is in working precision, ``tasks`` are as given.
+    """
+
+    base: torch.Tensor
+    tasks: tuple[torch.Tensor, ...]
+    scratch: Scratch
+    _computed: set[int] = field(default_factory=set)
+
+    def task_vector(self, index: int) -> torch.Tensor:
+        """τ of one task in working precision: borrowed, and only until the next one is asked for.
+
+        Both operands are widened before the subtraction: in bfloat16 the difference itself
+        would be rounded (7–12 % of the merged delta's norm).
+        """
+        if index >= HELD_TASK_VECTORS:
+            return self._subtract(index, self.scratch("task vector", self.base))
+        tau = self.scratch(f"task vector {index}", self.base)
+        if index not in self._computed:
+            self._computed.add(index)
+            self._subtract(index, tau)
+        return tau
+
+    def _subtract(self, index: int, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(self.tasks[index]).sub_(self.base)
+
+    def total(self) -> torch.Tensor:
+        """The sum of all task vectors, added in configuration order."""
+        total = self.scratch("total", self.base).copy_(self.task_vector(0))
+        for index in range(1, len(self.tasks)):
+            total.add_(self.task_vector(index))
+        return total
+
+
+class Scratch:
+    """Named buffers in working precision that one chunk hands on to the next.
+
+    Fresh memory for every temporary would cost more than the arithmetic: an allocator gives
+    pieces of this size back to the system, which then has to zero and map them anew.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def __call__(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The buffer of that name, as long as ``like``, its contents undefined."""
+        key, size = (name, like.device), like.numel()
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=self.dtype, device=like.device)
+            self._buffers[key] = buffer
+        return buffer[:size]
+
+
+def chunk_elements(device: torch.device) -> int:
+    if device.type != "cpu":
+        return ACCELERATOR_CHUNK_ELEMENTS
+    return max(CPU_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS_PER_THREAD * torch.get_num_threads())
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of all arithmetic for tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
