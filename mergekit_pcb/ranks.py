@@ -9,7 +9,6 @@ Bad fences cost another sweep over the stream, never a wrong answer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy
@@ -24,7 +23,6 @@ LARGEST_POOL = 1 << 22
 CELLS = 1 << 20
 
 
-@dataclass
 class OrderStatistic:
     """The value at 0-based ``rank`` in ascending order of ``count`` streamed values.
 
@@ -33,26 +31,27 @@ class OrderStatistic:
     ``None``, stream the same values again (a *sweep*). Values must not be NaN.
     """
 
-    rank: int
-    count: int
-    low: float | None = None
-    high: float | None = None
-    # Proven fences: the answer is not beyond them, so values beyond need no count of their own.
-    _at_least_low: bool = field(default=False, init=False)
-    _at_most_high: bool = field(default=False, init=False)
-    _seen: int = field(default=0, init=False)
-    _below: int = field(default=0, init=False)  # values < low
-    _at_low: int = field(default=0, init=False)
-    _inside: int = field(default=0, init=False)  # low < values < high
-    _at_high: int = field(default=0, init=False)
-    _pool: list[_Array] = field(default_factory=list, init=False)
-    _pool_limit: int = field(default=0, init=False)
-    _cells: _Cells | None = field(default=None, init=False)
+    def __init__(
+        self, rank: int, count: int, low: float | None = None, high: float | None = None
+    ) -> None:
+        if not 0 <= rank < count:
+            raise ValueError(f"rank {rank} lies outside a stream of {count} values")
+        self.rank, self.count = rank, count
+        self._open(low, high)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.count:
-            raise ValueError(f"rank {self.rank} lies outside a stream of {self.count} values")
+    def _open(self, low: float | None, high: float | None) -> None:
+        """Make ready for a sweep between these fences."""
+        self.low, self.high = low, high
+        # Proven fences: the answer is not beyond them, so values beyond need no count of their own.
+        self._at_least_low = self._at_most_high = False
+        self._seen = 0
+        self._below = 0  # values < low
+        self._at_low = 0
+        self._inside = 0  # low < values < high
+        self._at_high = 0
+        self._pool: list[_Array] = []
         self._pool_limit = POOL_ELEMENTS
+        self._cells: _Cells | None = None
 
     def push(self, values: torch.Tensor) -> None:
         """Take in the next values of the stream: 1-D, float32 or float64, any device.
@@ -70,7 +69,7 @@ class OrderStatistic:
             self._at_low += at_most_low - below
         if self.high is not None:
             under = stream < self.high
-            if not self._at_most_high:
+            if not self._at_most_high and self.high != self.low:  # else counted at low
                 self._at_high += _count(stream == self.high)
             inside = under if inside is None else inside & under
         self._keep(stream + 0.0 if inside is None else stream[inside])
@@ -81,7 +80,8 @@ class OrderStatistic:
             raise ValueError(f"a sweep brought {self._seen} values where {self.count} were due")
         rank = self.rank - self._below
         if rank < 0:
-            return self._reopen(None, self.low)
+            self._open(None, self.low)
+            return None
         if rank < self._at_low:
             return self.low
         rank -= self._at_low
@@ -89,13 +89,14 @@ class OrderStatistic:
             if self._cells is None:
                 return _kth(_joined(self._pool), rank)
             low, high = self._cells.fences(rank)
-            return low if low == high else self._reopen(low, high)
+            if low == high:
+                return low
+            self._open(low, high)
+            return None
         if self._at_most_high or rank - self._inside < self._at_high:
             return self.high
-        return self._reopen(self.high, None)
-
-    def _reopen(self, low: float | None, high: float | None) -> None:
-        self.__init__(self.rank, self.count, low, high)  # type: ignore[misc]
+        self._open(self.high, None)
+        return None
 
     def _keep(self, values: _Array) -> None:
         self._inside += len(values)

@@ -1,0 +1,40 @@
+"""Shared fixtures. Warnings are errors (pyproject.toml): silence here would be silence for users."""
+
+import contextlib
+import pathlib
+
+import pytest
+
+from mergekit_pcb import ranks, statistics, task_vectors
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def pieces(size):
+    """Cut tensors into chunks of ``size`` and let statistics hold hardly more; None: as shipped."""
+    with pytest.MonkeyPatch.context() as patch:
+        if size is not None:
+            patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS", size)
+            patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS_PER_THREAD", 1)
+            for module in (ranks, statistics):
+                patch.setattr(module, "POOL_ELEMENTS", 8 * size)
+            patch.setattr(ranks, "LARGEST_POOL", 64 * size)
+            patch.setattr(ranks, "CELLS", 64)
+            patch.setattr(statistics, "SAMPLE_ELEMENTS", 16 * size)
+        yield
+
+
+@pytest.fixture(params=[None, 5], ids=["chunks as shipped", "chunks of five"])
+def chunked(request):
+    with pieces(request.param):
+        yield
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A tiny Llama in several shards with an untied head, and three experts of it."""
+    from checkpoints import save_family, tiny_llama
+
+    directory = tmp_path_factory.mktemp("family")
+    return save_family(directory, tiny_llama(), shard_size="60KB")

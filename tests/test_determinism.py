@@ -1,0 +1,84 @@
+"""Bits and memory do not depend on how the work is cut."""
+
+import pytest
+import torch
+from conftest import pieces
+from test_properties import merge, models
+
+from mergekit_pcb import ranks, statistics, task_vectors
+
+
+def peak_bytes(action):
+    """The most memory that torch and numpy had allocated at once during an action."""
+    import tracemalloc
+
+    from torch.profiler import ProfilerActivity, profile
+
+    tracemalloc.start()  # numpy reports to it
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        action()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    level = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak + numpy_peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bits_do_not_depend_on_chunks_or_threads(dtype):
+    tensors = models(10, (331, 31), dtype=dtype, size=0.3)  # tanh leaves its linear part
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for size, count in [(None, 1), (None, 2), (1000, 2), (257, 1), (4, 1)]:
+            torch.set_num_threads(count)
+            with pieces(size):
+                results.append(merge(tensors, density=0.3))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    "guess", ["sampled", (None, None), (1e30, 2e30), (-2.0, -1.0), (None, -1e-9), (0.0, 0.0)]
+)
+def test_a_guess_never_changes_the_bits(guess):
+    tensors = models(3, (1000, 300), dtype=torch.float32)
+    kept = merge(tensors, density=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ranks, statistics):
+            patch.setattr(module, "POOL_ELEMENTS", 1000)
+        patch.setattr(ranks, "LARGEST_POOL", 20_000)
+        patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS", 50_000)
+        if guess != "sampled":
+            patch.setattr(statistics._Sample, "fences", lambda *_: guess)
+        assert torch.equal(merge(tensors, density=0.2), kept)
+
+
+def test_the_sample_spares_a_third_walk(monkeypatch):
+    tensors = models(3, (1000, 300), dtype=torch.float32)
+    aligned = task_vectors.Aligned.of("w", tensors[0], tensors[1:])
+    walks = []
+    monkeypatch.setattr(statistics, "POOL_ELEMENTS", 1000)
+
+    def walk():
+        walks.append("walk")
+        return [aligned]
+
+    statistics.measure(walk, len(aligned), statistics.Recipe((0.2,) * 3, 1e-4), torch.float32)
+    assert len(walks) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_working_memory_is_a_few_chunks(dtype):
+    """Peak memory of this process over inputs and output, while merging 16 MiB tensors."""
+    shape = (2048, 2048) if dtype == torch.float32 else (4096, 2048)
+    tensors = models(3, shape, dtype=dtype)
+    peak_bytes(lambda: merge(tensors))  # what the profiler itself allocates once and keeps
+    held = sum(tensor.nbytes for tensor in tensors)
+    peak = peak_bytes(lambda: merge(tensors))
+    assert held == 4 * 2**24
+    assert peak <= tensors[0].nbytes + 24 * 2**20

@@ -1,0 +1,138 @@
+"""Exact order statistics, compared with sorting."""
+
+import pytest
+import torch
+from conftest import pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_pcb import ranks
+from mergekit_pcb.ranks import OrderStatistic
+
+
+def settled(values, rank, *, piece=7, guess=(None, None)):
+    """Stream the values until the statistic settles; returns it and the number of sweeps."""
+    statistic = OrderStatistic(rank, values.numel(), *guess)
+    for sweep in range(1, 20):  # 64 bits at the 5 bits a sweep of 64 cells, and a bad guess
+        for part in values.split(piece):
+            statistic.push(part)
+        if (answer := statistic.settle()) is not None:
+            return answer, sweep
+    raise AssertionError("did not settle")
+
+
+def distributions(dtype):
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(4001, generator=generator, dtype=dtype)
+    tiny = torch.finfo(dtype).smallest_normal
+    return {
+        "normal": normal,
+        "half zeros": torch.where(normal > 0, normal, 0.0),
+        "both zeros": torch.where(normal > 0, 0.0, -0.0).to(dtype),
+        "denormals": normal * tiny / 64,
+        "infinities": torch.where(normal.abs() > 1, normal / 0, normal),
+        "constant": torch.full((4001,), 0.25, dtype=dtype),
+        "heavy ties": (normal * 4).round() / 4,
+        "bfloat16 steps": normal.bfloat16().to(dtype),
+        "wide": torch.exp(normal * 20) * normal.sign(),
+        "one": normal[:1],
+        "two": normal[:2],
+        "ascending": normal.sort().values,
+        "descending": normal.sort(descending=True).values,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", distributions(torch.float32))
+@pytest.mark.parametrize("pool", [None, 1, 5])
+def test_equals_sorting(name, dtype, pool):
+    values = distributions(dtype)[name]
+    ordered = values.sort().values
+    with pieces(pool):
+        for share in (0.0, 1e-4, 0.01, 0.3, 0.5, 0.9, 0.9999, 1.0):
+            rank = round(share * (values.numel() - 1))
+            answer, _ = settled(values, rank, piece=97)
+            assert answer == ordered[rank], (name, rank)
+
+
+@pytest.mark.parametrize("low", [None, -9.0, -0.5, 0.0, 0.1, 0.9, 9.0])
+@pytest.mark.parametrize("high", [None, -8.0, 0.0, 0.2, 0.9, 9.5])
+@pytest.mark.parametrize("pool", [None, 5])
+def test_a_bad_guess_costs_sweeps_but_not_exactness(low, high, pool):
+    if low is not None and high is not None and low > high:
+        low, high = high, low
+    values = (distributions(torch.float32)["normal"] * 8).round() / 8
+    ordered = values.sort().values
+    with pieces(pool):
+        for rank in (0, 17, 2000, 2400, 4000):
+            assert settled(values, rank, piece=97, guess=(low, high))[0] == ordered[rank]
+
+
+def test_a_tail_takes_one_sweep_and_little_memory():
+    values = torch.randn(400_000, generator=torch.Generator().manual_seed(5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "POOL_ELEMENTS", 1000)
+        statistic = OrderStatistic(40, values.numel())
+        largest = 0
+        for part in values.split(500):
+            statistic.push(part)
+            largest = max(largest, statistic._inside)
+        assert statistic.settle() == values.sort().values[40]
+    assert largest <= 1500  # one limit's worth and one piece
+
+
+def test_what_is_pushed_may_change_afterwards():
+    statistic, buffer = OrderStatistic(1, 4), torch.empty(2)
+    for part in ([3.0, 1.0], [2.0, 4.0]):
+        statistic.push(buffer.copy_(torch.tensor(part)))
+    assert statistic.settle() == 2.0
+
+
+def test_streams_longer_than_32_bits_can_count():
+    """2.2 billion values: the same quarter million over and over, so that sorting one tells all."""
+    piece = torch.randn(1 << 18, generator=torch.Generator().manual_seed(7))
+    times = 8400
+    count = piece.numel() * times
+    assert count > 2**31
+    ordered = piece.sort().values
+    wanted = {rank: ordered[rank // times].item() for rank in (count // 10**6, count - 2)}
+    fences = (ordered[200_000].item(), ordered[200_040].item())
+    middle = 200_020 * times + 5
+    statistics = {rank: OrderStatistic(rank, count) for rank in wanted}
+    statistics[middle] = OrderStatistic(middle, count, *fences)
+    wanted[middle] = ordered[200_020].item()
+    # Only what the fences cut off is ever compared again, so a narrowed stream is the same stream.
+    for _ in range(times):
+        for statistic in statistics.values():
+            statistic.push(piece)
+    for rank, statistic in statistics.items():
+        assert statistic.settle() == wanted[rank]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60),
+    st.data(),
+)
+def test_equals_sorting_for_any_floats(numbers, data):
+    values = torch.tensor(numbers, dtype=torch.float32)
+    rank = data.draw(st.integers(0, len(numbers) - 1))
+    piece = data.draw(st.integers(1, 60))
+    fence = st.none() | st.sampled_from(numbers) | st.floats(width=32, allow_nan=False)
+    guess = data.draw(fence), data.draw(fence)
+    if None not in guess:
+        guess = min(guess), max(guess)
+    with pieces(data.draw(st.sampled_from([None, 1, 3]))):
+        assert settled(values, rank, piece=piece, guess=guess)[0] == values.sort().values[rank]
+
+
+def test_a_rank_beyond_the_stream_is_refused():
+    with pytest.raises(ValueError, match="rank 4 lies outside"):
+        OrderStatistic(4, 4)
+
+
+def test_a_short_sweep_is_noticed():
+    statistic = OrderStatistic(0, 3)
+    statistic.push(torch.ones(2))
+    with pytest.raises(ValueError, match="brought 2 values where 3 were due"):
+        statistic.settle()
