@@ -68,7 +68,7 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def _attempt(act: Callable[[ModuleType], None], module: ModuleType) -> None:
-    """mergekit has to keep working whatever is wrong with this package."""
+    """Mergekit has to keep working whatever is wrong with this package."""
     try:
         act(module)
     except Exception as error:
@@ -103,7 +103,7 @@ class _Finder:
             spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, _ACTIONS[name])
+                    spec.loader = _Loader(spec.loader, _ACTIONS[name])  # type: ignore[assignment]
                 return spec
         return None
 

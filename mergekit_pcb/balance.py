@@ -21,8 +21,8 @@ SMALLEST_DIVISOR = 1e-12
 class Balance:
     """The four numbers per task that PCB needs from beyond the element at hand.
 
-    ``low`` and ``high`` are order statistics of \\|τ\\| (intra-balancing clamps between them),
-    ``threshold`` an order statistic of the score and ``peak`` its maximum (drop and rescale).
+    ``low`` and ``high`` are order statistics of the magnitudes (intra-balancing clamps between
+    them), ``threshold`` is one of the scores and ``peak`` their maximum (drop and rescale).
     A task with an empty interval (``high <= low`` or ``peak <= threshold``) has no
     competition to balance: it is *silent* and gets no weight anywhere. The released code
     divides by the empty interval and returns NaN.
@@ -96,14 +96,14 @@ _SMALL = 2.0**-6
 
 
 def _tanh_(z: torch.Tensor) -> torch.Tensor:
-    """tanh in place; on a CPU three times faster for the tiny products real models have.
+    """Tanh in place; on a CPU three times faster for the tiny products real models have.
 
     Each element's value depends on that element alone, whichever way a chunk is computed.
     """
     if z.device.type != "cpu" or z.dtype != torch.float32:
         return z.tanh_()
     lowest, highest = torch.aminmax(z)
-    if -_SMALL <= lowest and highest <= _SMALL:
+    if lowest >= -_SMALL and highest <= _SMALL:
         return z.addcmul_(z * z, z, value=-1 / 3)
     series = torch.addcmul(z, z * z, z, value=-1 / 3)
     return z.copy_(torch.where(z.abs() <= _SMALL, series, torch.tanh(z)))

@@ -61,4 +61,6 @@ def demo(directory: pathlib.Path, base_steps: int | None, expert_steps: int | No
     rows = demo.run(directory, schedule)
     click.echo(demo.table(rows))
     click.echo("* lowest of its column. Measured just now; a demonstration, not a benchmark.")
-    click.echo(f"The merged checkpoint is {directory / 'merged-pcb'}, made from {directory / 'pcb.yml'}.")
+    click.echo(
+        f"The merged checkpoint is {directory / 'merged-pcb'}, made from {directory / 'pcb.yml'}."
+    )

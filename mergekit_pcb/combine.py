@@ -14,7 +14,7 @@ from mergekit_pcb.balance import (
     score,
     signed_,
 )
-from mergekit_pcb.statistics import OutOfRange, Statistics
+from mergekit_pcb.statistics import OutOfRangeError, Statistics
 from mergekit_pcb.task_vectors import Aligned, Chunk, Scratch, chunk_elements
 
 
@@ -25,21 +25,21 @@ def merge(
 
     The result is linear in ``weights`` (they do not enter the divisor) and has the base's
     dtype; elements no task weighs keep the base's bits. Raises
-    :class:`~mergekit_pcb.statistics.OutOfRange` where that dtype cannot hold the result.
+    :class:`~mergekit_pcb.statistics.OutOfRangeError` where that dtype cannot hold the result.
     """
     competing = [task for task, balance in enumerate(statistics.balances) if not balance.silent]
     if not competing or scale == 0:
         return aligned.base.clone()
     merged = torch.empty_like(aligned.base)
     overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
-    parts = merged.split(chunk_elements(merged.device))
+    parts = torch.split(merged, chunk_elements(merged.device))
     for part, chunk in zip(parts, aligned.chunks(Scratch(statistics.dtype)), strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
         opposite = _delta(chunk, competing, statistics.balances, [-scale * w for w in weights])
         part.copy_(torch.sub(chunk.base, opposite, out=opposite))
         overflow |= ~torch.stack(torch.aminmax(part)).isfinite().all()
     if overflow:
-        raise OutOfRange
+        raise OutOfRangeError
     return merged
 
 

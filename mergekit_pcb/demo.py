@@ -191,7 +191,7 @@ def _tokenize(texts: dict[str, list[str]]) -> tuple[Any, dict[str, Domain]]:
         )
         for name, files in texts.items()
     }
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), domains
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), domains  # noqa: S106 - no password
 
 
 def _new_model() -> Any:

@@ -28,7 +28,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_pcb.combine import merge
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.statistics import NotFinite, OutOfRange, Recipe, measure
+from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, measure
 from mergekit_pcb.task_vectors import Aligned, working_dtype
 
 
@@ -171,14 +171,14 @@ class PCBMerge(GroupMergeMethod):
             merged = merge(
                 aligned, statistics, parameters["weight"].values_for(tasks), parameters["lambda"]
             )
-        except NotFinite as error:
+        except NotFiniteError as error:
             culprit = base if error.task is None else tasks[error.task]
             raise PCBError(
                 f"merge tensor {name}",
                 f"{culprit.id} holds NaN or infinity in it",
                 "repair or replace that checkpoint",
             ) from None
-        except OutOfRange:
+        except OutOfRangeError:
             raise PCBError(
                 f"merge tensor {name}",
                 f"the result does not fit into {base.tensor.dtype}",

@@ -51,7 +51,7 @@ class Statistics:
     dtype: torch.dtype
 
 
-class NotFinite(Exception):
+class NotFiniteError(Exception):
     """A tensor holds NaN or infinity; ``task`` is ``None`` where the base does."""
 
     def __init__(self, tensor: str, task: int | None) -> None:
@@ -59,7 +59,7 @@ class NotFinite(Exception):
         self.tensor, self.task = tensor, task
 
 
-class OutOfRange(Exception):
+class OutOfRangeError(Exception):
     """Finite inputs whose task vectors the working precision cannot hold."""
 
 
@@ -67,13 +67,13 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
     """Measure a scope of ``count`` elements with arithmetic in ``dtype``.
 
     Magnitudes that float32 cannot hold or square are measured again in float64. Raises
-    :class:`NotFinite` for NaN or infinity in an input, and :class:`OutOfRange` where even
+    :class:`NotFiniteError` for NaN or infinity in an input, and :class:`OutOfRangeError` where even
     float64 does not suffice.
     """
     sample, scratch = _Sample(count, len(recipe.densities)), Scratch(dtype)
     try:
         intervals = _intervals(walk, count, recipe, scratch, sample)
-    except OutOfRange:
+    except OutOfRangeError:
         if dtype == torch.float64:
             raise
         return measure(walk, count, recipe, torch.float64)
@@ -104,7 +104,7 @@ def _intervals(
             largest = max(largest, _finite(float(torch.stack(peaks).amax()), aligned))
             sample.take(aligned, scratch.dtype)
         if not representable(largest, len(recipe.densities), scratch.dtype):
-            raise OutOfRange
+            raise OutOfRangeError
 
     ends = {task: [OrderStatistic(rank, count) for rank in ranks] for task in tasks}
     return [Balance(*values) for values in _settle(ends, magnitudes).values()]
@@ -159,7 +159,9 @@ def _settle(
     statistics: dict[int, list[OrderStatistic]], sweep: Callable[[Sequence[int]], Values]
 ) -> dict[int, list[float]]:
     """Sweep over the values of the tasks until each of their statistics has its answer."""
-    answers: dict[int, list[float | None]] = {task: [None] * len(s) for task, s in statistics.items()}
+    answers: dict[int, list[float | None]] = {
+        task: [None] * len(s) for task, s in statistics.items()
+    }
     while waiting := [task for task in statistics if None in answers[task]]:
         for task, values in sweep(waiting):
             for statistic, answer in zip(statistics[task], answers[task], strict=True):
@@ -217,5 +219,5 @@ def _finite(largest: float, aligned: Aligned) -> float:
         return largest
     for task, tensor in ((None, aligned.base), *enumerate(aligned.tasks)):
         if not tensor.isfinite().all():
-            raise NotFinite(aligned.name, task)
-    raise OutOfRange
+            raise NotFiniteError(aligned.name, task)
+    raise OutOfRangeError

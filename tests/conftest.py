@@ -1,4 +1,4 @@
-"""Shared fixtures. Warnings are errors (pyproject.toml): silence here would be silence for users."""
+"""Shared fixtures. Warnings are errors: silence here would be silence for users."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""PCB-Merging the slow, obvious way: whole vectors, float64, sorting. Shares no code with the package."""
+"""PCB-Merging the slow, obvious way: whole vectors, float64, sorting; none of the package."""
 
 import torch
 

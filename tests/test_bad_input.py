@@ -143,7 +143,9 @@ def test_in_memory_mistakes_are_value_errors(changes, message):
 
 
 def test_in_memory_shapes_and_integers():
-    with pytest.raises(mergekit_pcb.PCBError, match=r"w; because it has shape \(2,\) in 0 but \(3,\)"):
+    with pytest.raises(
+        mergekit_pcb.PCBError, match=r"w; because it has shape \(2,\) in 0 but \(3,\)"
+    ):
         merge_tensors([torch.ones(2), torch.ones(3)], "pcb", base_index=0, name="w")
     with pytest.raises(mergekit_pcb.PCBError, match=r"it holds torch.int64, and task vectors need"):
         merge_tensors([torch.arange(2), torch.arange(2)], "pcb", base_index=0, name="w")

@@ -93,9 +93,7 @@ def test_mergekit_multi_feeds_one_pcb_merge_into_another(tmp_path, family):
     stages = tmp_path / "stages"
     run("mergekit-multi", file, "-I", stages, "--out-path", tmp_path / "out", "--no-copy-tokenizer")
     assert_equals_reference(stages / "first", family[:3], density=0.3)
-    assert_equals_reference(
-        tmp_path / "out", [family[0], stages / "first", family[3]], density=0.5
-    )
+    assert_equals_reference(tmp_path / "out", [family[0], stages / "first", family[3]], density=0.5)
 
 
 def test_mergekit_pytorch_on_plain_safetensors(tmp_path, family):

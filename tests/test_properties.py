@@ -8,6 +8,7 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from reference import pcb as reference
 
 import mergekit_pcb
+
 pytestmark = pytest.mark.usefixtures("chunked")
 
 
@@ -105,9 +106,7 @@ def test_flipped_signs_flip_the_result_to_the_bit():
 def test_linear_in_weight():
     tensors = models(3)
     base = tensors[0]
-    single = [
-        merge(tensors, weight=[float(i == j) for j in range(3)]) - base for i in range(3)
-    ]
+    single = [merge(tensors, weight=[float(i == j) for j in range(3)]) - base for i in range(3)]
     combined = base + 0.5 * single[0] - 2 * single[1] + 3 * single[2]
     assert_close(merge(tensors, weight=[0.5, -2.0, 3.0]), combined, base, 1e-9)
 
@@ -191,7 +190,11 @@ def test_half_precision_is_rounded_once_at_the_end(dtype):
 
 def test_strided_inputs_are_read_right_and_not_written_to():
     tensors = models(3, (40, 30), dtype=torch.float32)
-    strided = [tensors[0].T.contiguous().T, tensors[1][:, :], torch.cat([tensors[2]] * 2, 1)[:, :30]]
+    strided = [
+        tensors[0].T.contiguous().T,
+        tensors[1][:, :],
+        torch.cat([tensors[2]] * 2, 1)[:, :30],
+    ]
     strided.append(tensors[3].flip(0).flip(0))
     before = [tensor.clone() for tensor in strided]
     result = merge(strided)
@@ -206,8 +209,7 @@ def test_inputs_that_require_gradients_are_merged_outside_of_autograd():
 
 def test_state_dicts_keep_buffers_and_names():
     state = [
-        {"w": tensor, "scale": tensor[0, 0].clone(), "ids": torch.arange(3)}
-        for tensor in models(2)
+        {"w": tensor, "scale": tensor[0, 0].clone(), "ids": torch.arange(3)} for tensor in models(2)
     ]
     merged = merge_state_dicts(dict(zip("bxy", state, strict=True)), "pcb", base="b")
     assert list(merged) == ["w", "scale", "ids"]
@@ -241,7 +243,11 @@ def test_nan_and_infinity_are_named(values, culprit):
         first = torch.tensor(values).double()
     with pytest.raises(mergekit_pcb.PCBError, match=f"tensor w; because {culprit} holds NaN"):
         merge_tensors(
-            [base, first, second], "pcb", base_index=0, ids=["the-base", "task-a", "task-b"], name="w"
+            [base, first, second],
+            "pcb",
+            base_index=0,
+            ids=["the-base", "task-a", "task-b"],
+            name="w",
         )
 
 
@@ -249,5 +255,7 @@ def test_a_result_that_does_not_fit_is_refused():
     base = torch.full((64,), 60000.0)
     base[::2] = 1.0
     task = base + torch.linspace(1, 3000, 64)
-    with pytest.raises(mergekit_pcb.PCBError, match=r"does not fit into torch.float16; lower lambda"):
+    with pytest.raises(
+        mergekit_pcb.PCBError, match=r"does not fit into torch.float16; lower lambda"
+    ):
         merge([base.half(), task.half()], density=1.0, lam=100.0)

@@ -1,0 +1,59 @@
+"""Every example file runs under the stock command and merges what it says."""
+
+import pathlib
+
+import pytest
+import torch
+from checkpoints import run, save_family, tensors, tiny_llama
+from conftest import ROOT
+from reference import pcb as reference
+
+EXAMPLES = sorted((ROOT / "examples" / "yaml").glob("*.yml"))
+WEIGHTS = {
+    "first-merge": lambda _: {},
+    "per-model": lambda _: {"weight": [1.3, 0.8, 1.0], "density": [0.1, 0.2, 0.1], "lam": 1.2},
+    "gradient-and-filter": lambda name: {
+        "weight": gradient(name),
+        "density": 0.2 if "mlp" in name else 0.1,
+    },
+}
+
+
+def gradient(name):
+    layer = int(name.split(".")[2]) if ".layers." in name else 0
+    first = [1.2, 1.1, 1.0, 0.8, 0.6][layer]
+    return [first, [0.6, 0.8, 1.0, 1.1, 1.2][layer]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the models that the examples name."""
+    directory = tmp_path_factory.mktemp("examples")
+    model = tiny_llama(layers=5, dtype=torch.bfloat16)
+    paths = save_family(directory / "models", model, shard_size="60KB")
+    for path, name in zip(paths[1:], ("code", "math", "chat"), strict=True):
+        path.rename(path.with_name(name))
+    return directory
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example(workplace, example, monkeypatch):
+    monkeypatch.chdir(workplace)
+    out = pathlib.Path("merged") / example.stem
+    result = run("mergekit-yaml", example, out, "--no-copy-tokenizer")
+    assert "Warning" not in result.stderr
+    text = example.read_text()
+    assert len(text.split("\nmerge_method")[0].splitlines()) == 2, "two lines on when to use it"
+    names = [name for name in ("code", "math", "chat") if f"models/{name}" in text]
+    base, *tasks = [tensors(workplace / "models" / name) for name in ("base", *names)]
+    merged = tensors(out)
+    assert set(merged) == set(base)
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16
+        rows = [state[name].float() for state in (base, *tasks)]
+        expected = reference(rows[0], rows[1:], **WEIGHTS[example.stem](name))
+        assert (tensor != expected.bfloat16()).double().mean() < 2e-3, name
+
+
+def test_every_example_is_checked():
+    assert {example.stem for example in EXAMPLES} == set(WEIGHTS)

@@ -1,0 +1,72 @@
+"""What the README says can be run is run, and what it quotes is what is there."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from checkpoints import run, save_family, tensors, tiny_llama
+from conftest import ROOT
+from reference import pcb as reference
+
+import mergekit_pcb.method
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_configuration_and_command(tmp_path, monkeypatch):
+    (text,) = blocks("yaml")
+    (command,) = [block for block in blocks("sh") if block.startswith("mergekit-yaml")]
+    paths = save_family(tmp_path / "models", tiny_llama(), tasks=2)
+    for path, name in zip(paths[1:], ("code", "math"), strict=True):
+        path.rename(path.with_name(name))
+    (tmp_path / "pcb.yml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    arguments = [word for word in command.split()[1:] if word != "--cuda"]
+    run("mergekit-yaml", *arguments, "--no-copy-tokenizer")
+    base, *tasks = [tensors(tmp_path / "models" / name) for name in ("base", "code", "math")]
+    for name, tensor in tensors("merged").items():
+        expected = reference(base[name], [task[name] for task in tasks], density=0.1)
+        assert (tensor != expected.bfloat16()).double().mean() < 2e-3, name
+
+
+def test_the_table_of_parameters_is_the_specification():
+    rows = re.findall(r"^\| `(\w+)` \| (per model|top level) \| .*? \| (\S+) \|", README, re.M)
+    specified = [
+        (spec.name, "top level" if spec.scope == "shared" else "per model", spec.default)
+        for spec in mergekit_pcb.method.PARAMETERS
+    ]
+    assert [(name, where, float(default)) for name, where, default in rows] == specified
+
+
+def test_the_start_up_file_is_printed_whole():
+    (line,) = [block for block in blocks("python") if "_autoload" in block]
+    assert line == (ROOT / "startup" / "mergekit_pcb_init.pth").read_text()
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_the_formulas_are_what_the_package_computes():
+    """The four lines, transcribed once more, in float64 on whole vectors."""
+    (lines,) = [block for block in blocks("text") if "tanh" in block]
+    for formula in ("exp(n·xᵢ²) · tanh(τᵢ·Σⱼτⱼ)", "(max(sᵢ, tᵢ) − tᵢ) / (max sᵢ − tᵢ)"):
+        assert formula in lines
+    torch.manual_seed(0)
+    base, first, second = torch.randn(3, 500).double() / 10
+    from mergekit.merge_methods import merge_tensors
+
+    merged = merge_tensors([base, first, second], "pcb", base_index=0)
+    expected = reference(base, [first, second], density=0.1, weight=1.0, lam=1.0, clip=1e-4)
+    assert torch.allclose(merged, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_yaml_blocks_are_configurations():
+    for block in blocks("yaml"):
+        assert yaml.safe_load(block)["merge_method"] == "pcb"

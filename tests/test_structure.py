@@ -1,0 +1,64 @@
+"""The borders between the rooms, read from their imports."""
+
+import ast
+import pathlib
+
+import pytest
+
+import mergekit_pcb
+
+PACKAGE = pathlib.Path(mergekit_pcb.__file__).parent
+# Each room and what it may import of this package; nothing else, and no cycles.
+ARROWS = {
+    "__init__": {"_autoload", "errors", "method"},  # the last two only for type checkers
+    "__main__": {"cli"},
+    "_autoload": {"method"},
+    "errors": set(),
+    "balance": set(),
+    "ranks": set(),
+    "task_vectors": set(),
+    "statistics": {"balance", "ranks", "task_vectors"},
+    "combine": {"balance", "statistics", "task_vectors"},
+    "method": {"combine", "errors", "statistics", "task_vectors"},
+    "demo": {"errors"},
+    "cli": {"demo"},
+}
+# Rooms that must not know the host, and the one that must import hardly anything at all.
+WITHOUT_MERGEKIT = {"balance", "ranks", "task_vectors", "statistics", "combine", "errors", "demo"}
+
+
+def imports(room):
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module == "mergekit_pcb":
+                yield from (f"mergekit_pcb.{alias.name}" for alias in node.names)
+            else:
+                yield str(node.module)
+
+
+def test_every_room_has_its_border():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ARROWS)
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_arrows_run_one_way(room):
+    own = {name.split(".")[1] for name in imports(room) if name.startswith("mergekit_pcb.")}
+    assert own - {"__version__", "register"} <= ARROWS[room]
+
+
+@pytest.mark.parametrize("room", sorted(WITHOUT_MERGEKIT))
+def test_the_mathematics_does_not_know_the_host(room):
+    assert not [name for name in imports(room) if name.split(".")[0] == "mergekit"]
+
+
+def test_the_method_imports_two_modules_of_the_half_initialised_host():
+    host = {name for name in imports("method") if name.split(".")[0] == "mergekit"}
+    assert host == {"mergekit.merge_methods", "mergekit.merge_methods.base"}
+
+
+def test_every_room_says_where_its_border_runs():
+    for room in ARROWS:
+        assert ast.get_docstring(ast.parse((PACKAGE / f"{room}.py").read_text())), room
