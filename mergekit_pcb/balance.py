@@ -75,7 +75,7 @@ def score(
     tasks: int,
     *,
     out: torch.Tensor,
-    scratch: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Intra-balancing times inter-balancing: ``exp(n x²) · tanh(τ Σ_j τ_j)``, up to a constant.
 
@@ -87,15 +87,15 @@ def score(
     """
     # x scaled by √n, so that squaring it brings the factor n along.
     x = torch.sub(clamped, balance.low, out=out).mul_(math.sqrt(tasks) / balance.width)
-    intra = x.mul_(x).sub_(tasks).exp_()
-    return intra.mul_(_tanh_(torch.mul(tau, total, out=scratch)))
+    intra = torch.addcmul(x.new_full((), -tasks), x, x, out=x).exp_()
+    return intra.mul_(_tanh_(torch.mul(tau, total, out=scratch[0]), scratch=scratch[1]))
 
 
 # Below this, z − z³/3 is tanh z to within float32 rounding: the next term is 8e-9 of it.
 _SMALL = 2.0**-6
 
 
-def _tanh_(z: torch.Tensor) -> torch.Tensor:
+def _tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
     """Tanh in place; on a CPU three times faster for the tiny products real models have.
 
     Each element's value depends on that element alone, whichever way a chunk is computed.

@@ -54,10 +54,11 @@ def _delta(
     for task in competing:
         tau, balance = chunk.task_vector(task), balances[task]
         clamped = magnitude(tau, balance, out=buffer("clamped", tau))
-        scores, scratch = buffer("score", tau), buffer("product", tau)
+        scores = buffer("score", tau)
+        scratch = buffer("product", tau), buffer("square", tau)
         score(tau, clamped, total, balance, len(balances), out=scores, scratch=scratch)
         share = rescale_(scores, balance)
         divisor.add_(share)
-        merged = signed_(clamped, tau, scratch=scratch)
+        merged = signed_(clamped, tau, scratch=scratch[0])
         numerator.add_(share.mul_(merged), alpha=weights[task])
     return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))

@@ -26,8 +26,8 @@ CELLS = 1 << 20
 class OrderStatistic:
     """The value at 0-based ``rank`` in ascending order of ``count`` streamed values.
 
-    ``low`` and ``high`` are a guess between which the answer may lie (``None``: no guess).
-    Call :meth:`push` with every part of the stream, then :meth:`settle`; while that returns
+    ``low`` and ``high`` are a guess strictly between which the answer may lie (``None``: no
+    guess); :func:`neighbour` widens one by a step. Call :meth:`push` with every part of the stream, then :meth:`settle`; while that returns
     ``None``, stream the same values again (a *sweep*). Values must not be NaN.
     """
 
@@ -42,13 +42,11 @@ class OrderStatistic:
     def _open(self, low: float | None, high: float | None) -> None:
         """Make ready for a sweep between these fences."""
         self.low, self.high = low, high
-        # Proven fences: the answer is not beyond them, so values beyond need no count of their own.
+        # Proven fences: the answer is not beyond them.
         self._at_least_low = self._at_most_high = False
         self._seen = 0
-        self._below = 0  # values < low
-        self._at_low = 0
+        self._at_most = 0  # values <= low
         self._inside = 0  # low < values < high
-        self._at_high = 0
         self._pool: list[_Array] = []
         self._pool_limit = POOL_ELEMENTS
         self._cells: _Cells | None = None
@@ -58,19 +56,14 @@ class OrderStatistic:
 
         The values are borrowed: what is kept of them is copied.
         """
-        stream = _array(values)
+        stream, self._dtype = _array(values), values.dtype
         self._seen += len(stream)
         inside = None
         if self.low is not None:
             inside = stream > self.low
-            at_most_low = len(stream) - _count(inside)
-            below = 0 if self._at_least_low else _count(stream < self.low)
-            self._below += below
-            self._at_low += at_most_low - below
+            self._at_most += len(stream) - _count(inside)
         if self.high is not None:
             under = stream < self.high
-            if not self._at_most_high and self.high != self.low:  # else counted at low
-                self._at_high += _count(stream == self.high)
             inside = under if inside is None else inside & under
         self._keep(stream + 0.0 if inside is None else stream[inside])
 
@@ -78,24 +71,22 @@ class OrderStatistic:
         """The answer after a whole sweep, or ``None`` if it takes another sweep."""
         if self._seen != self.count:
             raise ValueError(f"a sweep brought {self._seen} values where {self.count} were due")
-        rank = self.rank - self._below
-        if rank < 0:
-            self._open(None, self.low)
-            return None
-        if rank < self._at_low:
-            return self.low
-        rank -= self._at_low
-        if rank < self._inside:
-            if self._cells is None:
-                return _kth(_joined(self._pool), rank)
+        rank = self.rank - self._at_most
+        if rank < 0 and self.low is not None:
+            if self._at_least_low:
+                return self.low
+            self._open(None, neighbour(self.low, math.inf, self._dtype))
+        elif rank >= self._inside and self.high is not None:
+            if self._at_most_high:
+                return self.high
+            self._open(neighbour(self.high, -math.inf, self._dtype), None)
+        elif self._cells is None:
+            return _kth(_joined(self._pool), rank)
+        else:
             low, high = self._cells.fences(rank)
             if low == high:
                 return low
             self._open(low, high)
-            return None
-        if self._at_most_high or rank - self._inside < self._at_high:
-            return self.high
-        self._open(self.high, None)
         return None
 
     def _keep(self, values: _Array) -> None:
@@ -110,7 +101,7 @@ class OrderStatistic:
     def _draw_fences(self) -> None:
         """Draw the fences as close as the values seen so far prove right."""
         pool = _joined(self._pool)
-        outside = self._below + self._at_low
+        outside = self._at_most
         # At most: what is yet to come can only push the answer down among what was seen.
         at_most = self.rank - outside
         if 0 <= at_most < len(pool):
@@ -119,10 +110,10 @@ class OrderStatistic:
         # At least: even if all of it came below.
         at_least = self.rank - (self.count - self._seen) - outside
         if 0 <= at_least < len(pool):
-            low = _kth(pool, at_least)
-            self._below = outside + _count(pool < low)
-            self._at_low = _count(pool == low)
-            self.low, self._at_least_low, pool = low, True, pool[pool > low]
+            self.low, self._at_least_low = _kth(pool, at_least), True
+            above = pool[pool > self.low]
+            self._at_most += len(pool) - len(above)
+            pool = above
         self._pool, self._inside = [pool], len(pool)
         self._pool_limit = min(max(POOL_ELEMENTS, 2 * self._inside), LARGEST_POOL)
         if 2 * self._inside > LARGEST_POOL:
@@ -209,6 +200,12 @@ def _kth(values: _Array, rank: int) -> float:
         return float(torch.kthvalue(values, rank + 1).values)
     values.partition(rank)
     return float(values[rank])
+
+
+def neighbour(value: float, towards: float, dtype: torch.dtype) -> float:
+    """The next value of ``dtype`` in a direction."""
+    ends = torch.tensor([value, towards], dtype=dtype)
+    return float(torch.nextafter(ends[0], ends[1]))
 
 
 def kth(values: torch.Tensor, rank: int) -> float:

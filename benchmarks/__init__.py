@@ -1,0 +1,1 @@
+"""Benchmarks: one command per table, run from the repository's root. See README.md there."""

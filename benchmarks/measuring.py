@@ -1,0 +1,84 @@
+"""What every table needs: the machine, alternating runs, medians, peak memory."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+import mergekit_pcb
+
+
+def machine() -> str:
+    """One line on what ran this: processor, threads, versions."""
+    from importlib.metadata import version
+
+    model = platform.processor() or platform.machine()
+    try:
+        model = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[0]
+    except (OSError, IndexError):
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{model}, {os.cpu_count()} CPUs, {memory:.0f} GiB; torch {torch.__version__} with "
+        f"{torch.get_num_threads()} threads, mergekit {version('mergekit')}, "
+        f"mergekit-pcb {mergekit_pcb.__version__}, Python {platform.python_version()}"
+    )
+
+
+def alternate(actions: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each action, taken in turn A B C A B C …, after one turn not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(runs + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            result = action()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            del result
+    return seconds
+
+
+def row(name: str, values: Sequence[float], own: Sequence[float]) -> str:
+    """A table row: median, range, and the median of own/this taken turn by turn."""
+    ratio = statistics.median(mine / other for mine, other in zip(own, values, strict=True))
+    spread = f"{min(values):.2f}–{max(values):.2f}"
+    return f"| {name} | {statistics.median(values):.2f} | {spread} | {ratio:.3f} |"
+
+
+def extra_memory(action: Callable[[], object]) -> int:
+    """Bytes by which the process grew at its highest during an action (Linux)."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    result = action()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+def _status(field: str) -> int:
+    text = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"{field}:\s+(\d+)", text)[0])
+
+
+def run_command(command: Sequence[str]) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of a whole process; raises if it fails."""
+    with pathlib.Path(os.devnull).open("w") as nowhere:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=nowhere, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None  # noqa: S101 - for type checkers
+        complaint = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{complaint}")
+    return wall, usage.ru_maxrss * 1024
