@@ -88,9 +88,7 @@ def main(
         seconds = alternate(actions(tensors, names), runs)
         size = tensors[0].nbytes
         del tensors
-        print(
-            f"\n| {dtype_name} | seconds | range | pcb / this | extra memory, S = {size >> 20} MiB |"
-        )
+        print(f"\n| {dtype_name} | seconds | range | pcb / this | extra, S = {size >> 20} MiB |")
         print("|---|---|---|---|---|")
         for name in names:
             extra = _memory_in_own_process(name, dtype_name, rows, columns, threads)

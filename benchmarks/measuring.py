@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -21,10 +22,8 @@ def machine() -> str:
     from importlib.metadata import version
 
     model = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError, IndexError):
         model = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[0]
-    except (OSError, IndexError):
-        pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{model}, {os.cpu_count()} CPUs, {memory:.0f} GiB; torch {torch.__version__} with "

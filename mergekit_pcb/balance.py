@@ -103,9 +103,10 @@ def _tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
     if z.device.type != "cpu" or z.dtype != torch.float32:
         return z.tanh_()
     lowest, highest = torch.aminmax(z)
+    square = torch.mul(z, z, out=scratch)
     if lowest >= -_SMALL and highest <= _SMALL:
-        return z.addcmul_(z * z, z, value=-1 / 3)
-    series = torch.addcmul(z, z * z, z, value=-1 / 3)
+        return z.addcmul_(square, z, value=-1 / 3)
+    series = torch.addcmul(z, square, z, value=-1 / 3)
     return z.copy_(torch.where(z.abs() <= _SMALL, series, torch.tanh(z)))
 
 

@@ -8,7 +8,6 @@ import torch
 
 from mergekit_pcb.balance import (
     SMALLEST_DIVISOR,
-    Balance,
     magnitude,
     rescale_,
     score,
@@ -35,16 +34,16 @@ def merge(
     parts = torch.split(merged, chunk_elements(merged.device))
     for part, chunk in zip(parts, aligned.chunks(Scratch(statistics.dtype)), strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
-        opposite = _delta(chunk, competing, statistics.balances, [-scale * w for w in weights])
+        opposite = _delta(chunk, competing, statistics, [-scale * w for w in weights])
         part.copy_(torch.sub(chunk.base, opposite, out=opposite))
         overflow |= ~torch.stack(torch.aminmax(part)).isfinite().all()
     if overflow:
-        raise OutOfRangeError
+        raise OutOfRangeError(aligned.name)
     return merged
 
 
 def _delta(
-    chunk: Chunk, competing: Sequence[int], balances: Sequence[Balance], weights: Sequence[float]
+    chunk: Chunk, competing: Sequence[int], statistics: Statistics, weights: Sequence[float]
 ) -> torch.Tensor:
     """The weighted mean of the clamped task vectors of a chunk; never −0.0."""
     total = chunk.total()
@@ -52,11 +51,11 @@ def _delta(
     numerator = buffer("numerator", total).zero_()
     divisor = buffer("divisor", total).zero_()
     for task in competing:
-        tau, balance = chunk.task_vector(task), balances[task]
+        tau, balance = chunk.task_vector(task), statistics.balances[task]
         clamped = magnitude(tau, balance, out=buffer("clamped", tau))
         scores = buffer("score", tau)
         scratch = buffer("product", tau), buffer("square", tau)
-        score(tau, clamped, total, balance, len(balances), out=scores, scratch=scratch)
+        score(tau, clamped, total, balance, statistics.tasks, out=scores, scratch=scratch)
         share = rescale_(scores, balance)
         divisor.add_(share)
         merged = signed_(clamped, tau, scratch=scratch[0])

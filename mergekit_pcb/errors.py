@@ -1,21 +1,31 @@
-"""The one kind of error that a user's mistake ends in."""
+"""The errors that a user's mistake ends in: three beats, no traceback."""
 
 from __future__ import annotations
 
 import click
 
 
-class PCBError(click.ClickException, ValueError):
-    """A request that cannot be carried out, told in three beats.
+class _ThreeBeats(click.ClickException):
+    """mergekit's commands are click commands: click prints this as one ``Error:`` line.
 
-    mergekit's commands are click commands: click prints this as one ``Error:`` line and
-    exits with status 1, so the stock commands show a sentence where any other exception
-    would show a traceback. In memory it is an ordinary ``ValueError``.
+    It exits with status 1, where any other exception would show a traceback.
     """
 
     def __init__(self, cannot: str, because: str, remedy: str) -> None:
         super().__init__(f"cannot {cannot}; because {because}; {remedy}.")
         self.beats = (cannot, because, remedy)
 
-    def __reduce__(self) -> tuple[type[PCBError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[_ThreeBeats], tuple[str, str, str]]:
         return type(self), self.beats
+
+
+class PCBError(_ThreeBeats, ValueError):
+    """A request that cannot be carried out; in memory an ordinary ``ValueError``."""
+
+
+class PlanError(_ThreeBeats):
+    """The same, raised while mergekit plans.
+
+    Planning happens inside pydantic validators, which would wrap a ``ValueError`` into an
+    error of their own, traceback included.
+    """

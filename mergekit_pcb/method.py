@@ -1,13 +1,12 @@
 """The mergekit method ``pcb``: YAML names and aligned tensors in, one merged tensor out.
 
 This module holds no formulas and loads nothing. Importing it registers the method, and it
-imports only two modules of mergekit, because it is itself imported while mergekit's
-package of merge methods is half initialised (see ``_autoload.py``).
+imports only modules of mergekit that its registry has loaded, because it is itself imported
+while mergekit's package of merge methods is half initialised (see ``_autoload.py``).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,22 @@ import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
+    BatchOptions,
     GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
+    TensorEntry,
     TensorGroup,
 )
+from mergekit.merge_methods.dtype import align_dtype
 
+from mergekit_pcb import checkpoints, whole_model
 from mergekit_pcb.combine import merge
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, measure
+from mergekit_pcb.statistics import Recipe, Statistics, measure
 from mergekit_pcb.task_vectors import Aligned, working_dtype
 
 
@@ -49,6 +52,20 @@ class NumberParameter(ParameterSpec):
         if not self.accepts(number):
             raise PCBError(f"use {self.name}: {value!r}", self.because, self.remedy)
         return number
+
+
+@dataclass(frozen=True)
+class ChoiceParameter(ParameterSpec):
+    """A parameter that is one of a few words."""
+
+    choices: tuple[str, ...] = ()
+    because: str = ""
+
+    def validate(self, value: Any) -> str:
+        if value not in self.choices:
+            words = " or ".join(self.choices)
+            raise PCBError(f"use {self.name}: {value!r}", self.because, f"write {words}")
+        return str(value)
 
 
 PARAMETERS = (
@@ -89,6 +106,15 @@ PARAMETERS = (
         accepts=lambda value: 0 <= value < 0.5,
         because="clip is the fraction of a task vector's magnitudes clamped at each end",
         remedy="write a number from 0 to less than 0.5, such as 0.0001",
+    ),
+    ChoiceParameter(
+        "scope",
+        str,
+        ParameterScope.SHARED,
+        default=whole_model.TENSOR,
+        description="how far elements compete: within a tensor or within the whole model",
+        choices=(whole_model.TENSOR, whole_model.MODEL),
+        because="elements are ranked within their tensor or within the whole model",
     ),
 )
 
@@ -145,67 +171,123 @@ class PCBMerge(GroupMergeMethod):
                 "add at least one model fine-tuned from it",
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        _check_shapes(_group_of_caller())
+        _look_at_caller(checkpoints.caller(1))
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge the groups; under ``scope: model`` measure all of the model first."""
+        if groups and parameters[0]["scope"] == whole_model.MODEL:
+            task = checkpoints.planned_task(checkpoints.caller(2))
+            if task is not None:
+                statistics = whole_model.of_plan(task, groups[0].entries[0].tensor.device)
+            else:
+                statistics = _measure_in_memory(groups, parameters, input_dtypes)
+            order = task.model_order if task else [entry.id for entry in groups[0].entries]
+            measured = _Measured(statistics, tuple(order))
+            parameters = [{**values, "measured": measured} for values in parameters]
+        merged: tuple[torch.Tensor, ...] = super()._execute(
+            groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
+        )
+        return merged
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         base, tasks = group.base, group.non_base
+        name = group.metadata.name or "(unnamed)"
         if base is None or not tasks:
             raise PCBError(
-                f"merge tensor {group.metadata.name}",
+                f"merge tensor {name}",
                 "it needs a base and at least one task",
                 "call the method with a base_index and two or more tensors",
             )
         if not base.tensor.is_floating_point():
             raise PCBError(
-                f"merge tensor {group.metadata.name}",
+                f"merge tensor {name}",
                 f"it holds {base.tensor.dtype}, and task vectors need floating point",
                 "copy it from the base model instead",
             )
-        name = group.metadata.name or "(unnamed)"
-        aligned = Aligned.of(name, base.tensor, [task.tensor for task in tasks])
-        recipe = Recipe(tuple(parameters["density"].values_for(tasks)), parameters["clip"])
-        try:
-            statistics = measure(
-                lambda: [aligned], len(aligned), recipe, working_dtype(base.tensor.dtype)
-            )
-            merged = merge(
-                aligned, statistics, parameters["weight"].values_for(tasks), parameters["lambda"]
-            )
-        except NotFiniteError as error:
-            culprit = base if error.task is None else tasks[error.task]
-            raise PCBError(
-                f"merge tensor {name}",
-                f"{culprit.id} holds NaN or infinity in it",
-                "repair or replace that checkpoint",
-            ) from None
-        except OutOfRangeError:
-            raise PCBError(
-                f"merge tensor {name}",
-                f"the result does not fit into {base.tensor.dtype}",
-                "lower lambda or the weights, or set a wider `dtype:`",
-            ) from None
+        aligned = _aligned(group)
+        measured: _Measured | None = parameters.get("measured")
+        with whole_model.explained(base.tensor.dtype, base.id, [task.id for task in tasks]):
+            if measured is not None:
+                statistics = measured.of(tasks, base.id)
+            else:
+                dtype = working_dtype(base.tensor.dtype)
+                recipe = _recipe(group, parameters)
+                statistics = measure(lambda: [aligned], len(aligned), recipe, dtype)
+            weights = parameters["weight"].values_for(tasks)
+            merged = merge(aligned, statistics, weights, parameters["lambda"])
         return merged.view(base.tensor.shape)
 
 
-def _group_of_caller() -> TensorGroup | None:
-    """The tensors behind the ids that mergekit just passed to ``validate_inputs``, if any.
+@dataclass(frozen=True)
+class _Measured:
+    """Statistics of a whole model and the inputs, base included, in the order of its tasks."""
 
-    mergekit compares shapes right after validating the ids, out of a method's reach, and its
-    error names no model. Both of its callers hold the tensors as ``group``; where a later
-    mergekit does not, its own error is what users see.
+    statistics: Statistics
+    order: tuple[Hashable, ...]
+
+    def of(self, tasks: Sequence[TensorEntry], base: Hashable) -> Statistics:
+        """The statistics of the tasks that hold a tensor; an optional one may miss in some."""
+        positions = [model for model in self.order if model != base]
+        return self.statistics.of([positions.index(task.id) for task in tasks])
+
+
+def _measure_in_memory(
+    groups: Sequence[TensorGroup],
+    parameters: Sequence[dict[str, Any]],
+    dtypes: Sequence[torch.dtype | None],
+) -> Statistics:
+    recipes = {_recipe(group, values) for group, values in zip(groups, parameters, strict=True)}
+    if len(recipes) > 1:
+        raise PCBError(
+            "use scope: model with several values of density or clip",
+            "all tensors are ranked together",
+            "give each model one density, or use scope: tensor",
+        )
+    walk = [
+        _aligned(align_dtype(group, dtype)) for group, dtype in zip(groups, dtypes, strict=True)
+    ]
+    dtype = max((working_dtype(aligned.base.dtype) for aligned in walk), key=lambda d: d.itemsize)
+    base = groups[0].base
+    ids = [base.id if base else None, *(task.id for task in groups[0].non_base)]
+    return whole_model.of_groups(walk, recipes.pop(), dtype, ids)
+
+
+def _recipe(group: TensorGroup, parameters: dict[str, Any]) -> Recipe:
+    return Recipe(tuple(parameters["density"].values_for(group.non_base)), parameters["clip"])
+
+
+def _aligned(group: TensorGroup) -> Aligned:
+    tasks = [task.tensor for task in group.non_base]
+    return Aligned.of(group.metadata.name or "(unnamed)", group.base.tensor, tasks)
+
+
+def _look_at_caller(names: dict[str, Any]) -> None:
+    """Check what the caller of ``validate_inputs`` holds beyond the ids it passed.
+
+    mergekit validates ids three times: of the whole merge before planning it, of each tensor
+    while planning, and of each group of tensors right before merging it, when its own check
+    of the shapes comes next, whose error names no model.
     """
-    frame = inspect.currentframe()
-    for _ in range(2):  # this function, validate_inputs
-        frame = frame.f_back if frame else None
-    group = frame.f_locals.get("group") if frame else None
-    return group if isinstance(group, TensorGroup) else None
+    group = names.get("group")
+    if isinstance(group, TensorGroup):
+        _check_shapes(group)
+    elif (task := checkpoints.planned_task(names)) is not None:
+        whole_model.check(checkpoints.record(task), task)
+    else:
+        checkpoints.begin()
 
 
-def _check_shapes(group: TensorGroup | None) -> None:
-    if group is None or group.base is None:
-        return
+def _check_shapes(group: TensorGroup) -> None:
     base = group.base
-    for task in group.non_base:
+    for task in group.non_base if base is not None else ():
         if task.tensor.shape != base.tensor.shape:
             raise PCBError(
                 f"merge tensor {group.metadata.name}",

@@ -16,8 +16,8 @@ import torch
 
 # Values held before the fences are drawn closer; doubled while the rank allows no closer ones.
 POOL_ELEMENTS = 1 << 17
-# Values held at the very most, then counted by bit pattern instead. Above 2^23 the tails
-# of a model of 4·10^10 parameters at the default clip would still fit, at 32 MiB a task.
+# Values held at the very most (16 MiB), then counted by bit pattern instead. Up to 2·10^10
+# parameters the tails at the default clip fit into half of it, and take no sweep of their own.
 LARGEST_POOL = 1 << 22
 # Cells of such a count: 8 MiB, and one cell per float32 pattern between close fences.
 CELLS = 1 << 20
@@ -27,8 +27,9 @@ class OrderStatistic:
     """The value at 0-based ``rank`` in ascending order of ``count`` streamed values.
 
     ``low`` and ``high`` are a guess strictly between which the answer may lie (``None``: no
-    guess); :func:`neighbour` widens one by a step. Call :meth:`push` with every part of the stream, then :meth:`settle`; while that returns
-    ``None``, stream the same values again (a *sweep*). Values must not be NaN.
+    guess; :func:`neighbour` widens one by a step). Call :meth:`push` with every part of the
+    stream, then :meth:`settle`; while that returns ``None``, stream the same values again (a
+    *sweep*). Values must not be NaN.
     """
 
     def __init__(

@@ -46,10 +46,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was measured: one balance per task, in the precision it was measured in."""
+    """What was measured: one balance per task, in the precision it was measured in.
+
+    ``tasks`` is the number of tasks that competed, also where :meth:`of` leaves fewer.
+    """
 
     balances: tuple[Balance, ...]
     dtype: torch.dtype
+    tasks: int
+
+    def of(self, tasks: Sequence[int]) -> Statistics:
+        """The same statistics for some of the tasks, where a tensor is not held by all."""
+        return replace(self, balances=tuple(self.balances[task] for task in tasks))
 
 
 class NotFiniteError(Exception):
@@ -61,7 +69,11 @@ class NotFiniteError(Exception):
 
 
 class OutOfRangeError(Exception):
-    """Finite inputs whose task vectors the working precision cannot hold."""
+    """Finite inputs of a tensor whose task vectors or result the precision cannot hold."""
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(tensor)
+        self.tensor = tensor
 
 
 def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Statistics:
@@ -78,7 +90,8 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
         if dtype == torch.float64:
             raise
         return measure(walk, count, recipe, torch.float64)
-    return Statistics(_balances(walk, count, recipe, scratch, sample, intervals), dtype)
+    balances = _balances(walk, count, recipe, scratch, sample, intervals)
+    return Statistics(balances, dtype, len(balances))
 
 
 def _intervals(
@@ -92,7 +105,7 @@ def _intervals(
 
     def magnitudes(tasks: Sequence[int]) -> Values:
         sample.clear()
-        largest = 0.0
+        largest, widest = 0.0, ""
         for aligned in walk():
             peaks: list[torch.Tensor] = []
             for chunk in aligned.chunks(scratch):
@@ -102,10 +115,12 @@ def _intervals(
                     peaks.append(values.amax())
                     yield task, values
             # NaN and infinity survive the maximum; one wait for the device per tensor.
-            largest = max(largest, _finite(float(torch.stack(peaks).amax()), aligned))
+            if peaks:
+                peak = _finite(float(torch.stack(peaks).amax()), aligned)
+                largest, widest = max((largest, widest), (peak, aligned.name))
             sample.take(aligned, scratch.dtype)
         if not representable(largest, len(recipe.densities), scratch.dtype):
-            raise OutOfRangeError
+            raise OutOfRangeError(widest)
 
     ends = {task: [OrderStatistic(rank, count) for rank in ranks] for task in tasks}
     return [Balance(*values) for values in _settle(ends, magnitudes).values()]
@@ -223,4 +238,4 @@ def _finite(largest: float, aligned: Aligned) -> float:
     for task, tensor in ((None, aligned.base), *enumerate(aligned.tasks)):
         if not tensor.isfinite().all():
             raise NotFiniteError(aligned.name, task)
-    raise OutOfRangeError
+    raise OutOfRangeError(aligned.name)

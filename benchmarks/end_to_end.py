@@ -1,0 +1,116 @@
+"""Whole merges by the stock `mergekit-yaml` command: wall time and peak resident memory.
+
+    python -m benchmarks.end_to_end            # 440 M parameters, three tasks, about 15 minutes
+    python -m benchmarks.end_to_end --layers 24 --runs 1 --methods "pcb, scope: model"
+
+Makes its checkpoints (3.5 GB) in --directory once and leaves them there.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import statistics
+import sys
+from typing import Any
+
+import click
+import torch
+import yaml
+
+from benchmarks.measuring import machine, row, run_command
+
+OURS = "pcb"
+PARAMETERS: dict[str, dict[str, Any]] = {
+    OURS: {"density": 0.2},
+    "pcb, scope: model": {"density": 0.2, "scope": "model"},
+    "task_arithmetic": {"weight": 1.0},
+    "ties": {"weight": 1.0, "density": 0.2},
+}
+TASKS = 3
+
+
+def checkpoints(directory: pathlib.Path, layers: int) -> list[pathlib.Path]:
+    """Make or find a Llama-shaped base and its experts in bfloat16, the base first."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    paths = [directory / f"llama-{layers}" / name for name in ("base", "e0", "e1", "e2")]
+    if all((path / "config.json").exists() for path in paths):
+        return paths
+    config = LlamaConfig(
+        hidden_size=1536,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=32000,
+        torch_dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(paths[0])
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for path in paths[1:]:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(base[name].float() + 1e-3 * torch.randn(tensor.shape))
+        model.save_pretrained(path)
+    return paths
+
+
+def configuration(method: str, paths: list[pathlib.Path]) -> str:
+    """Return the YAML of a merge."""
+    return yaml.safe_dump(
+        {
+            "merge_method": method.partition(",")[0],
+            "base_model": str(paths[0]),
+            "models": [{"model": str(path)} for path in paths[1:]],
+            "parameters": PARAMETERS[method],
+            "dtype": "bfloat16",
+        }
+    )
+
+
+@click.command()
+@click.option("--directory", type=click.Path(path_type=pathlib.Path), default="benchmark-data")
+@click.option("--layers", default=12, show_default=True)
+@click.option("--runs", default=5, show_default=True)
+@click.option(
+    "--methods", "names", multiple=True, type=click.Choice(list(PARAMETERS)), help="Default: all."
+)
+def main(directory: pathlib.Path, layers: int, runs: int, names: tuple[str, ...]) -> None:
+    """Print the table of whole merges."""
+    names = names or tuple(PARAMETERS)
+    paths = checkpoints(directory, layers)
+    parameters = sum(f.stat().st_size for f in paths[0].glob("*.safetensors")) / 2e6
+    script = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
+    if script is None:
+        raise click.ClickException("cannot find mergekit-yaml beside this Python; install mergekit")
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    peak: dict[str, list[int]] = {name: [] for name in names}
+    out = directory / "merged"
+    for turn in range(runs + 1):  # the first, not counted, warms the file cache
+        for name in names:
+            config = directory / "benchmark.yml"
+            config.write_text(configuration(name, paths))
+            shutil.rmtree(out, ignore_errors=True)
+            command = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet"]
+            seconds, memory = run_command(command)
+            if turn:
+                wall[name].append(seconds)
+                peak[name].append(memory)
+    shutil.rmtree(out, ignore_errors=True)
+    print(machine())
+    print(
+        f"mergekit-yaml, {parameters:.0f} M parameters in {layers} layers, {TASKS} tasks, "
+        f"bfloat16, median of {runs} alternating runs of the whole command\n"
+    )
+    print("| method | wall seconds | range | pcb / this | peak memory |")
+    print("|---|---|---|---|---|")
+    for name in names:
+        memory = statistics.median(peak[name]) / 2**20
+        print(f"{row(name, wall[name], wall[names[0]])} {memory:.0f} MiB |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""One large group on an accelerator: time against the bytes that have to move, and agreement.
+
+    python -m benchmarks.gpu                       # 10^9 elements in bfloat16, three tasks, CUDA
+    python -m benchmarks.gpu --device cpu --elements 1000000    # a check that it runs at all
+
+The floor is what a copy at the measured bandwidth would take for the bytes of the algorithm:
+every input once per walk (two measuring, one merging), the output once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from mergekit.merge_methods import merge_tensors
+
+from benchmarks.measuring import machine
+
+TASKS = 3
+WALKS = 3
+DENSITY = 0.2
+
+
+def models(elements: int, device: torch.device) -> list[torch.Tensor]:
+    """A base N(0, 0.02) and its fine-tunes, steps N(0, 1e-3), in bfloat16."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(size: float) -> torch.Tensor:
+        out = torch.empty(elements, dtype=torch.bfloat16, device=device)
+        return out.normal_(0, size, generator=generator)
+
+    base = normal(0.02)
+    return [base, *(base + normal(1e-3) for _ in range(TASKS))]
+
+
+def seconds(action: Callable[[], object], device: torch.device, runs: int = 7) -> float:
+    """Median time of an action, the device idle before and after."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    times = []
+    for run in range(runs + 2):
+        wait()
+        start = time.perf_counter()
+        result = action()
+        wait()
+        if run >= 2:
+            times.append(time.perf_counter() - start)
+        del result
+    return statistics.median(times)
+
+
+def merge(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the merge that is timed and compared."""
+    return merge_tensors(tensors, "pcb", base_index=0, parameters={"density": DENSITY})
+
+
+@click.command()
+@click.option("--device", "device_name", default="cuda", show_default=True)
+@click.option("--elements", default=10**9, show_default=True)
+def main(device_name: str, elements: int) -> None:
+    """Print bandwidth, floor, time and agreement."""
+    device = torch.device(device_name)
+    print(machine())
+    if device.type == "cuda":
+        print(torch.cuda.get_device_name(device))
+    tensors = models(elements, device)
+    target = torch.empty_like(tensors[0])
+    copied = 2 * target.nbytes / seconds(lambda: target.copy_(tensors[0]), device)
+    moved = (WALKS * len(tensors) + 1) * tensors[0].nbytes
+    floor, taken = moved / copied, seconds(lambda: merge(tensors), device)
+    print(f"{elements:.0e} elements in bfloat16, {TASKS} tasks, density {DENSITY}")
+    print(f"copy bandwidth, read and write   {copied / 1e9:10.1f} GB/s")
+    print(f"bytes the algorithm must move    {moved / 1e9:10.2f} GB in {WALKS} walks")
+    print(f"floor at that bandwidth          {floor * 1e3:10.2f} ms")
+    print(f"pcb                              {taken * 1e3:10.2f} ms")
+    print(f"floor / pcb                      {floor / taken:10.3f}")
+    few = [tensor[: 1 << 24] for tensor in tensors]
+    here, there = merge([tensor.cpu().float() for tensor in few]), merge([t.float() for t in few])
+    delta = here - few[0].cpu().float()
+    difference = (there.cpu() - here).abs()
+    # A score beside the threshold may round to its other side; then an element changes wholly.
+    beyond = (difference > 1e-5 * delta.abs() + 1e-7 * here.abs()).double().mean()
+    print(f"CPU against {device.type}: {difference.norm() / delta.norm():.1e} of the delta's norm,")
+    print(f"{beyond:.1e} of the elements beyond float32 rounding")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""``scope: model``: statistics of all tensors of a merge, measured once, before the first.
+
+The paper's setting. Nothing here computes: it says which tensors are walked (a plan's, or
+those given in memory) and refuses what would make "the whole model" ambiguous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from mergekit_pcb import checkpoints
+from mergekit_pcb.errors import PCBError, PlanError
+from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, Statistics, measure
+from mergekit_pcb.task_vectors import Aligned
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+    from mergekit_pcb.checkpoints import Plan
+
+LOG = logging.getLogger(__name__)
+TENSOR, MODEL = "tensor", "model"
+
+
+def recipe_of(task: ExecuteMergeMethodTask) -> Recipe:
+    """What determines the statistics, from the parameters of a planned task."""
+    models = [model for model in task.model_order if model != task.base_model]
+    densities = tuple(task.input_parameters[model]["density"] for model in models)
+    return Recipe(densities, task.parameters["clip"])
+
+
+def check(plan: Plan, task: ExecuteMergeMethodTask) -> None:
+    """Refuse a task that would have statistics of its own in a whole-model plan."""
+    first, name = plan.tasks[0], task.output_weight.name
+    scopes = {first.parameters["scope"], task.parameters["scope"]}
+    if scopes == {TENSOR}:
+        return
+    if len(scopes) > 1:
+        raise PlanError(
+            "rank some tensors within the whole model and others within themselves",
+            f"scope is {first.parameters['scope']} for {first.output_weight.name} and "
+            f"{task.parameters['scope']} for {name}",
+            "write one scope, without a filter, under the top-level `parameters:`",
+        )
+    if task.model_order != first.model_order or task.base_model != first.base_model:
+        raise PlanError(
+            "use scope: model",
+            f"slices merge different models ({name} others than {first.output_weight.name}), "
+            "so there is no one model to rank",
+            "give every slice the same models, or use scope: tensor",
+        )
+    ours, theirs = recipe_of(task), recipe_of(first)
+    if ours != theirs:
+        what = "density" if ours.densities != theirs.densities else "clip"
+        raise PlanError(
+            f"use scope: model with several values of {what}",
+            f"all tensors are ranked together, but {name} asks for another value than "
+            f"{first.output_weight.name}",
+            f"give {what} one value per model, without filter or gradient (weight may have "
+            "them), or use scope: tensor",
+        )
+
+
+def of_plan(task: ExecuteMergeMethodTask, device: torch.device) -> Statistics:
+    """The statistics of the plan that a task being executed belongs to.
+
+    Whoever comes first measures, on its device; threads that come later wait for it.
+    """
+    plan = checkpoints.plan_of(task)
+    if plan is None:
+        raise PCBError(
+            "measure the whole model",
+            "this process executes a merge that another one planned",
+            "plan and execute in one process, or use scope: tensor",
+        )
+    with plan.lock:
+        if plan.measured is None:
+            plan.measured = _measure_plan(plan, device)
+        statistics: Statistics = plan.measured
+        return statistics
+
+
+def _measure_plan(plan: Plan, device: torch.device) -> Statistics:
+    extents = plan.extents()
+    count = sum(extent.elements for extent in extents.values())
+    nbytes = sum(extent.nbytes for extent in extents.values())
+    walks = 0
+    with tqdm(
+        desc="Measuring whole model",
+        unit="B",
+        unit_scale=True,
+        disable=True if checkpoints.is_quiet() else None,  # None: only on a terminal
+        leave=False,
+    ) as bar:
+
+        def walk() -> Iterator[Aligned]:
+            nonlocal walks
+            walks += 1
+            bar.total = max(2, walks) * nbytes
+            for number, aligned in enumerate(plan.groups(device), 1):
+                yield aligned
+                bar.set_postfix_str(f"walk {walks}, tensor {number}/{len(extents)}", refresh=False)
+                bar.update(extents[aligned.name].nbytes)
+
+        wide = plan.dtype == torch.float64 or any(extent.wide for extent in extents.values())
+        with explained(None, plan.tasks[0].base_model, plan.models):
+            statistics = measure(
+                walk,
+                count,
+                recipe_of(plan.tasks[0]),
+                torch.float64 if wide else torch.float32,
+            )
+    LOG.info("measured %d tensors of %d elements in %d walks", len(extents), count, walks)
+    return statistics
+
+
+def of_groups(
+    groups: Sequence[Aligned], recipe: Recipe, dtype: torch.dtype, ids: Sequence[Hashable]
+) -> Statistics:
+    """The statistics of groups that are all in memory; ``ids`` names the base first."""
+    with explained(None, ids[0], ids[1:]):
+        return measure(lambda: groups, sum(map(len, groups)), recipe, dtype)
+
+
+@contextlib.contextmanager
+def explained(
+    dtype: torch.dtype | None, base: Hashable, tasks: Sequence[Hashable]
+) -> Iterator[None]:
+    """Name the model and what to do where the mathematics knows only positions."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise PCBError(
+            f"merge tensor {error.tensor}",
+            f"{base if error.task is None else tasks[error.task]} holds NaN or infinity in it",
+            "repair or replace that checkpoint",
+        ) from None
+    except OutOfRangeError as error:
+        raise PCBError(
+            f"merge tensor {error.tensor}",
+            f"its values do not fit into {dtype or torch.float64}",
+            "lower lambda or the weights, or set a wider `dtype:`",
+        ) from None

@@ -1,0 +1,27 @@
+"""The benchmark commands still run; what they print on small sizes is not looked at closely."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "printed"),
+    [
+        ("kernel", ["--rows", "64", "--columns", "64", "--runs", "1"], r"\| released algorithm \|"),
+        ("gpu", ["--device", "cpu", "--elements", "300000"], r"floor / pcb +0\.\d+"),
+    ],
+)
+def test_benchmark(module, options, printed):
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(printed, result.stdout), result.stdout
