@@ -4,13 +4,15 @@ mergekit hands a method one tensor at a time. For whole-model statistics the met
 see all of them first, exactly as the merge will: with dtype casts, layer slices, aligned
 vocabularies, merged LoRAs and tied weights. All that is in the tasks mergekit plans, so this
 room collects those while they are planned and runs their loading half ahead of the merge.
-It knows mergekit's plan and nothing of PCB.
+It knows mergekit's plans and nothing of PCB.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
+import pathlib
 import sys
 import threading
 from collections import deque
@@ -19,7 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
+from mergekit_pcb.errors import PCBError
 from mergekit_pcb.task_vectors import Aligned
 
 if TYPE_CHECKING:
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 LOG = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# Fields of mergekit's tasks that align vocabularies, as far as they name no place on this disk.
+VOCABULARY_KEYS = ("vocabulary_axis", "pad_to_multiple_of")
 # Plans are small; more than one is alive only where merges feed each other.
 _plans: deque[Plan] = deque(maxlen=8)
 _lock = threading.Lock()
@@ -47,10 +54,18 @@ class Plan:
 
     def __init__(self) -> None:
         self.tasks: list[ExecuteMergeMethodTask] = []
+        self._identities: set[int] = set()
         self.lock = threading.Lock()
         #: What has been measured of this plan; set and read under ``lock`` by the method.
         self.measured: Any = None
         self._extents: dict[str, Extent] | None = None
+
+    def add(self, task: ExecuteMergeMethodTask) -> None:
+        self.tasks.append(task)
+        self._identities.add(id(task))
+
+    def __contains__(self, task: ExecuteMergeMethodTask) -> bool:
+        return id(task) in self._identities
 
     @property
     def models(self) -> tuple[Hashable, ...]:
@@ -65,6 +80,39 @@ class Plan:
         while not hasattr(load, "dtype"):
             load = load.gather_tensors if hasattr(load, "gather_tensors") else _first(load.tensors)
         return getattr(torch, load.dtype.removeprefix("torch.")) if load.dtype else None
+
+    def files(self, model: Any) -> list[pathlib.Path]:
+        """The files that the plan reads of a model: shards, and a tokenizer it aligns."""
+        loaders: Any
+        if self._is_raw():
+            from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+            loaders, key = SimpleLoaderCache(), model.model.path
+        else:
+            from mergekit.io.tasks import LoaderCache
+
+            loaders, key = LoaderCache(), model
+        index = loaders.get(key).index
+        folder = pathlib.Path(index.base_path)
+        names = [shard.filename for shard in index.shards]
+        if any(hasattr(task.gather_tensors, "tokenizer_task") for task in self.tasks):
+            names += [name for name in TOKENIZER_FILES if (folder / name).exists()]
+        return [folder / name for name in sorted(names)]
+
+    def layout(self) -> Iterator[str]:
+        """Which tensors of the inputs make which of the output, a line each, sorted by name."""
+        extents, models = self.extents(), (self.tasks[0].base_model, *self.models)
+        by_name = {task.output_weight.name: task.gather_tensors for task in self.tasks}
+        for name in sorted(extents):
+            load = by_name[name]
+            how = [f"{key}={getattr(load, key)}" for key in VOCABULARY_KEYS if hasattr(load, key)]
+            load = getattr(load, "gather_tensors", load)
+            infos = getattr(load, "weight_info", None)
+            sources = [infos[model].name for model in models] if infos is not None else []
+            yield json.dumps([name, extents[name].elements, sources, how])
+
+    def _is_raw(self) -> bool:
+        return hasattr(self.tasks[0].gather_tensors, "tensors")
 
     def groups(self, device: torch.device) -> Iterator[Aligned]:
         """Load every tensor that the base and all models hold in one shape, one at a time.
@@ -143,22 +191,65 @@ def record(task: ExecuteMergeMethodTask) -> Plan:
     with _lock:
         if not _plans:
             _plans.append(Plan())
-        _plans[-1].tasks.append(task)
+        _plans[-1].add(task)
         return _plans[-1]
 
 
 def plan_of(task: ExecuteMergeMethodTask) -> Plan | None:
     """The plan that a task belongs to."""
     with _lock:
-        for plan in reversed(_plans):
-            if any(task is planned for planned in plan.tasks):
-                return plan
-    return None
+        return next((plan for plan in reversed(_plans) if task in plan), None)
 
 
-def latest() -> Plan | None:
-    with _lock:
-        return _plans[-1] if _plans else None
+def plan_without_merging(configuration: str, options: Any) -> Plan:
+    """Plan a merge as mergekit's commands do, and stop there.
+
+    ``configuration`` is YAML for ``mergekit-yaml`` or, where its base model is a file, for
+    ``mergekit-pytorch``; ``options`` are mergekit's ``MergeOptions``.
+    """
+    document = yaml.safe_load(configuration)
+    base = document.get("base_model") if isinstance(document, dict) else None
+    begin()
+    if isinstance(base, str) and pathlib.Path(base).is_file():
+        _plan_files(document, options)
+    else:
+        _plan_models(document, options)
+    plan = _plans[-1]
+    if not plan.tasks:
+        raise PCBError(
+            "measure this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
+        )
+    return plan
+
+
+def _plan_files(document: Any, options: Any) -> None:
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
+
+    config = RawPyTorchMergeConfig.model_validate(document)
+    plan_flat_merge(config, "", tensor_union=True, tensor_intersection=False, options=options)
+
+
+def _plan_models(document: Any, options: Any) -> None:
+    from mergekit.architecture import get_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import _model_out_config
+    from mergekit.plan import MergePlanner
+
+    try:
+        config = MergeConfiguration.model_validate(document)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PCBError(
+            "measure this merge", f"mergekit finds no configuration in it ({reason})", "correct it"
+        ) from None
+    loaders = LoaderCache()
+    loaders.setup(options=options)
+    for model in config.referenced_models():
+        loaders.get(model)
+    architecture = get_architecture_info(config, options)
+    out = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+    MergePlanner(config, architecture, options=options, out_model_config=out).plan_to_disk("")
 
 
 def caller(depth: int) -> dict[str, Any]:

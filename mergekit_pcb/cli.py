@@ -1,13 +1,15 @@
-"""The command ``mergekit-pcb``: mergekit's own commands with ``pcb`` registered, and a demo."""
+"""The command ``mergekit-pcb``: mergekit's commands with ``pcb`` registered, and its tools."""
 
 from __future__ import annotations
 
 import importlib
 import pathlib
+from typing import Any
 
 import click
 
 import mergekit_pcb
+from mergekit_pcb.errors import PCBError
 
 _PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
 
@@ -40,6 +42,55 @@ def _host_command(name: str, module: str) -> None:
 _host_command("yaml", "mergekit.scripts.run_yaml")
 _host_command("multi", "mergekit.scripts.multimerge")
 _host_command("pytorch", "mergekit.scripts.merge_raw_pytorch")
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    required=True,
+    help="The document to write.",
+)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]) -> None:
+    """Measure the statistics that a merge with `scope: model` needs, without merging.
+
+    CONFIG is a configuration for mergekit-yaml or mergekit-pytorch. With `statistics: FILE` in
+    it, merges take the measured document instead of walking over the checkpoints again, so
+    lambda and weight can be swept cheaply. OPTIONS are mergekit's own, such as --cuda,
+    --lora-merge-cache DIR or --quiet.
+
+    Example: mergekit-pcb measure pcb.yml -o statistics.json
+    """
+    mergekit_pcb.register()
+    from mergekit_pcb import checkpoints, whole_model
+
+    if not output.parent.is_dir():
+        raise PCBError(
+            f"write {output}", f"there is no folder {output.parent}", "make it, or name another"
+        )
+    merge_options = _merge_options(options)
+    plan = checkpoints.plan_without_merging(config.read_text(encoding="utf-8"), merge_options)
+    document = whole_model.measure_plan(plan, merge_options.device, quiet=merge_options.quiet)
+    document.write(output)
+    click.echo(
+        f"{output}: {document.tensors} tensors, {document.elements} elements, "
+        f"{document.walks} reads of each checkpoint"
+    )
+
+
+def _merge_options(arguments: tuple[str, ...]) -> Any:
+    from mergekit.options import add_merge_options
+
+    @click.command("mergekit-pcb measure")
+    @add_merge_options  # type: ignore[untyped-decorator]
+    def parse(merge_options: Any) -> Any:
+        merge_options.apply_global_options()
+        return merge_options
+
+    return parse.main(list(arguments), standalone_mode=False)
 
 
 @main.command()

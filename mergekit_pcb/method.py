@@ -8,6 +8,7 @@ while mergekit's package of merge methods is half initialised (see ``_autoload.p
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,18 @@ class ChoiceParameter(ParameterSpec):
         return str(value)
 
 
+@dataclass(frozen=True)
+class PathParameter(ParameterSpec):
+    """The path of a file; empty for none."""
+
+    def validate(self, value: Any) -> str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise PCBError(
+                f"use {self.name}: {value!r}", "it has to be the path of a file", "write a path"
+            )
+        return os.fspath(value)
+
+
 PARAMETERS = (
     NumberParameter(
         "density",
@@ -115,6 +128,13 @@ PARAMETERS = (
         description="how far elements compete: within a tensor or within the whole model",
         choices=(whole_model.TENSOR, whole_model.MODEL),
         because="elements are ranked within their tensor or within the whole model",
+    ),
+    PathParameter(
+        "statistics",
+        str,
+        ParameterScope.SHARED,
+        default="",
+        description="statistics of a whole model measured before",
     ),
 )
 
@@ -187,6 +207,12 @@ class PCBMerge(GroupMergeMethod):
             task = checkpoints.planned_task(checkpoints.caller(2))
             if task is not None:
                 statistics = whole_model.of_plan(task, groups[0].entries[0].tensor.device)
+            elif path := parameters[0]["statistics"]:
+                raise PCBError(
+                    f"use statistics {path} in memory",
+                    "they belong to checkpoint files, and these models have none",
+                    "leave `statistics` out",
+                )
             else:
                 statistics = _measure_in_memory(groups, parameters, input_dtypes)
             order = task.model_order if task else [entry.id for entry in groups[0].entries]

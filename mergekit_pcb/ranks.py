@@ -46,7 +46,7 @@ class OrderStatistic:
         # Proven fences: the answer is not beyond them.
         self._at_least_low = self._at_most_high = False
         self._seen = 0
-        self._at_most = 0  # values <= low
+        self._at_most: int | torch.Tensor = 0  # values <= low; stays on the device meanwhile
         self._inside = 0  # low < values < high
         self._pool: list[_Array] = []
         self._pool_limit = POOL_ELEMENTS
@@ -62,7 +62,7 @@ class OrderStatistic:
         inside = None
         if self.low is not None:
             inside = stream > self.low
-            self._at_most += len(stream) - _count(inside)
+            self._at_most = self._at_most + (len(stream) - _count(inside))
         if self.high is not None:
             under = stream < self.high
             inside = under if inside is None else inside & under
@@ -72,7 +72,7 @@ class OrderStatistic:
         """The answer after a whole sweep, or ``None`` if it takes another sweep."""
         if self._seen != self.count:
             raise ValueError(f"a sweep brought {self._seen} values where {self.count} were due")
-        rank = self.rank - self._at_most
+        rank = self.rank - int(self._at_most)
         if rank < 0 and self.low is not None:
             if self._at_least_low:
                 return self.low
@@ -102,7 +102,7 @@ class OrderStatistic:
     def _draw_fences(self) -> None:
         """Draw the fences as close as the values seen so far prove right."""
         pool = _joined(self._pool)
-        outside = self._at_most
+        outside = int(self._at_most)
         # At most: what is yet to come can only push the answer down among what was seen.
         at_most = self.rank - outside
         if 0 <= at_most < len(pool):
@@ -113,7 +113,7 @@ class OrderStatistic:
         if 0 <= at_least < len(pool):
             self.low, self._at_least_low = _kth(pool, at_least), True
             above = pool[pool > self.low]
-            self._at_most += len(pool) - len(above)
+            self._at_most = outside + len(pool) - len(above)
             pool = above
         self._pool, self._inside = [pool], len(pool)
         self._pool_limit = min(max(POOL_ELEMENTS, 2 * self._inside), LARGEST_POOL)
@@ -187,8 +187,11 @@ def _array(values: torch.Tensor) -> _Array:
     return values.numpy() if values.device.type == "cpu" else values
 
 
-def _count(mask: _Array) -> int:
-    return int((torch if isinstance(mask, torch.Tensor) else numpy).count_nonzero(mask))
+def _count(mask: _Array) -> int | torch.Tensor:
+    """How many are true; on an accelerator without waiting for it."""
+    if isinstance(mask, torch.Tensor):
+        return torch.count_nonzero(mask)
+    return int(numpy.count_nonzero(mask))
 
 
 def _joined(parts: list[_Array]) -> _Array:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pathlib
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from mergekit_pcb import checkpoints
+from mergekit_pcb import checkpoints, document
+from mergekit_pcb.balance import Balance
+from mergekit_pcb.document import Document
 from mergekit_pcb.errors import PCBError, PlanError
 from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, Statistics, measure
 from mergekit_pcb.task_vectors import Aligned
@@ -38,6 +41,12 @@ def recipe_of(task: ExecuteMergeMethodTask) -> Recipe:
 def check(plan: Plan, task: ExecuteMergeMethodTask) -> None:
     """Refuse a task that would have statistics of its own in a whole-model plan."""
     first, name = plan.tasks[0], task.output_weight.name
+    if task.parameters["statistics"] and task.parameters["scope"] == TENSOR:
+        raise PlanError(
+            f"use statistics {task.parameters['statistics']}",
+            "they are of a whole model and the scope is tensor",
+            "write `scope: model` beside them, or leave `statistics` out",
+        )
     scopes = {first.parameters["scope"], task.parameters["scope"]}
     if scopes == {TENSOR}:
         return
@@ -81,12 +90,40 @@ def of_plan(task: ExecuteMergeMethodTask, device: torch.device) -> Statistics:
         )
     with plan.lock:
         if plan.measured is None:
-            plan.measured = _measure_plan(plan, device)
-        statistics: Statistics = plan.measured
-        return statistics
+            path = task.parameters["statistics"]
+            if path:
+                plan.measured = _reuse(plan, pathlib.Path(path))
+            else:
+                plan.measured = measure_plan(plan, device, quiet=checkpoints.is_quiet())
+        found: Document = plan.measured
+    return found.statistics()
 
 
-def _measure_plan(plan: Plan, device: torch.device) -> Statistics:
+def _reuse(plan: Plan, path: pathlib.Path) -> Document:
+    measured = document.read(path)
+    recipe = recipe_of(plan.tasks[0])
+    nothing = Statistics((Balance(0.0, 0.0),) * len(recipe.densities), torch.float32, 0)
+    obstacle = document.differences(measured, _document(plan, nothing, walks=0))
+    if obstacle is not None:
+        raise PCBError(
+            f"use statistics {path}",
+            obstacle,
+            "measure again with `mergekit-pcb measure`, or leave `statistics` out",
+        )
+    return measured
+
+
+def measure_plan(plan: Plan, device: torch.device | str, *, quiet: bool) -> Document:
+    """Walk over all tensors of a plan and say what was found.
+
+    Shows a progress bar on a terminal, unless ``quiet``.
+    """
+    if plan.tasks[0].parameters["scope"] != MODEL:
+        raise PCBError(
+            "measure this merge",
+            "its scope is tensor, where each tensor has statistics of its own",
+            "write `scope: model` under the top-level `parameters:`",
+        )
     extents = plan.extents()
     count = sum(extent.elements for extent in extents.values())
     nbytes = sum(extent.nbytes for extent in extents.values())
@@ -95,7 +132,7 @@ def _measure_plan(plan: Plan, device: torch.device) -> Statistics:
         desc="Measuring whole model",
         unit="B",
         unit_scale=True,
-        disable=True if checkpoints.is_quiet() else None,  # None: only on a terminal
+        disable=True if quiet else None,  # None: only on a terminal
         leave=False,
     ) as bar:
 
@@ -103,7 +140,7 @@ def _measure_plan(plan: Plan, device: torch.device) -> Statistics:
             nonlocal walks
             walks += 1
             bar.total = max(2, walks) * nbytes
-            for number, aligned in enumerate(plan.groups(device), 1):
+            for number, aligned in enumerate(plan.groups(torch.device(device)), 1):
                 yield aligned
                 bar.set_postfix_str(f"walk {walks}, tensor {number}/{len(extents)}", refresh=False)
                 bar.update(extents[aligned.name].nbytes)
@@ -117,7 +154,28 @@ def _measure_plan(plan: Plan, device: torch.device) -> Statistics:
                 torch.float64 if wide else torch.float32,
             )
     LOG.info("measured %d tensors of %d elements in %d walks", len(extents), count, walks)
-    return statistics
+    return _document(plan, statistics, walks)
+
+
+def _document(plan: Plan, statistics: Statistics, walks: int) -> Document:
+    models = (plan.tasks[0].base_model, *plan.models)
+    extents = plan.extents().values()
+    return document.compose(
+        statistics,
+        recipe_of(plan.tasks[0]),
+        [
+            document.Checkpoint(
+                model=str(model),
+                files={file.name: document.fingerprint(file) for file in plan.files(model)},
+            )
+            for model in models
+        ],
+        dtype=plan.dtype,
+        tensors=len(extents),
+        elements=sum(extent.elements for extent in extents),
+        walks=walks,
+        layout=document.digest_of(plan.layout()),
+    )
 
 
 def of_groups(

@@ -89,6 +89,7 @@ def run(command, *arguments, check=True, **environment):
 
 def merge(tmp_path, config, *options, command="mergekit-yaml", check=True, **environment):
     """Write the configuration, run a stock command on it, return (output folder, result)."""
+    tmp_path.mkdir(exist_ok=True)
     file, out = tmp_path / "config.yml", tmp_path / "merged"
     text = config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False)
     file.write_text(text)

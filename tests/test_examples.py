@@ -7,11 +7,13 @@ import torch
 from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import ROOT
 from reference import pcb as reference
+from test_whole_model import whole_reference
 
 EXAMPLES = sorted((ROOT / "examples" / "yaml").glob("*.yml"))
 WEIGHTS = {
     "first-merge": lambda _: {},
     "per-model": lambda _: {"weight": [1.3, 0.8, 1.0], "density": [0.1, 0.2, 0.1], "lam": 1.2},
+    "whole-model": None,
     "gradient-and-filter": lambda name: {
         "weight": gradient(name),
         "density": 0.2 if "mlp" in name else 0.1,
@@ -48,6 +50,12 @@ def test_example(workplace, example, monkeypatch):
     base, *tasks = [tensors(workplace / "models" / name) for name in ("base", *names)]
     merged = tensors(out)
     assert set(merged) == set(base)
+    if example.stem == "whole-model":
+        states = [{n: t.float() for n, t in state.items()} for state in (base, *tasks)]
+        expected = whole_reference(states)
+        for name, tensor in merged.items():
+            assert (tensor != expected[name].bfloat16()).double().mean() < 2e-3, name
+        return
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
         rows = [state[name].float() for state in (base, *tasks)]

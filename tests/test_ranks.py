@@ -55,6 +55,21 @@ def test_equals_sorting(name, dtype, pool):
             assert answer == ordered[rank], (name, rank)
 
 
+@pytest.mark.parametrize("name", distributions(torch.float32))
+@pytest.mark.parametrize("pool", [None, 5])
+def test_equals_sorting_with_the_code_for_accelerators(name, pool, monkeypatch):
+    """The same code on torch's own arrays, which CPUs leave to numpy's."""
+    monkeypatch.setattr(ranks, "_array", lambda values: values)
+    values = distributions(torch.float32)[name]
+    ordered = values.sort().values
+    with pieces(pool):
+        for share in (0.0, 0.01, 0.5, 0.9999, 1.0):
+            rank = round(share * (values.numel() - 1))
+            fence = ordered[values.numel() // 3].item()
+            for guess in ((None, None), (fence, None)):
+                assert settled(values, rank, piece=97, guess=guess)[0] == ordered[rank]
+
+
 @pytest.mark.parametrize("low", [None, -9.0, -0.5, 0.0, 0.1, 0.9, 9.0])
 @pytest.mark.parametrize("high", [None, -8.0, 0.0, 0.2, 0.9, 9.5])
 @pytest.mark.parametrize("pool", [None, 5])

@@ -19,11 +19,19 @@ ARROWS = {
     "task_vectors": set(),
     "statistics": {"balance", "ranks", "task_vectors"},
     "combine": {"balance", "statistics", "task_vectors"},
-    "checkpoints": {"task_vectors"},
-    "whole_model": {"checkpoints", "errors", "statistics", "task_vectors"},
+    "checkpoints": {"errors", "task_vectors"},
+    "document": {"balance", "errors", "statistics"},
+    "whole_model": {
+        "balance",
+        "checkpoints",
+        "document",
+        "errors",
+        "statistics",
+        "task_vectors",
+    },
     "method": {"checkpoints", "combine", "errors", "statistics", "task_vectors", "whole_model"},
     "demo": {"errors"},
-    "cli": {"demo"},
+    "cli": {"checkpoints", "demo", "errors", "whole_model"},
 }
 # Rooms that must not know the host, and the one that must import hardly anything at all.
 WITHOUT_MERGEKIT = {"balance", "ranks", "task_vectors", "statistics", "combine", "errors", "demo"}

@@ -1,5 +1,6 @@
 """`scope: model`: all tensors of a merge ranked together, through every command and in memory."""
 
+import json
 import pathlib
 
 import pytest
@@ -163,6 +164,107 @@ def test_bits_do_not_depend_on_shards_order_chunks_or_threads(tmp_path, family):
         assert torch.equal(merged[name], tensor), name
 
 
+def with_tokenizer(path, words):
+    """Give a checkpoint a tokenizer that knows these words, in this order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0]).save_pretrained(path)
+
+
+@pytest.mark.parametrize("source", ["union", "base"])
+def test_vocabularies_are_aligned_before_measuring(tmp_path, source):
+    words = [f"w{i}" for i in range(64)]
+    other = [*words[:40], "new", *words[41:], "more"]
+    paths = save_family(tmp_path / "models", tiny_llama(), tasks=1)
+    paths += save_family(tmp_path / "wider", tiny_llama(vocabulary=65), tasks=1)[1:]
+    for path, vocabulary in zip(paths, (words, words, other), strict=True):
+        with_tokenizer(path, vocabulary)
+    config = configuration(paths, parameters={"scope": "model"}, tokenizer={"source": source})
+    merged = tensors(merge(tmp_path, config)[0])
+    states = [tensors(path) for path in paths]
+    order = sorted(set(words + other)) if source == "union" else words
+    embedding = "model.embed_tokens.weight"
+    if source == "union":  # mergekit's own order of tokens: read off what it wrote
+        from transformers import AutoTokenizer
+
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+        order = sorted(vocabulary, key=vocabulary.get)
+    for name in (embedding, "lm_head.weight"):
+        by_word = [
+            dict(zip(v, s[name], strict=True))
+            for v, s in zip((words, words, other), states, strict=True)
+        ]
+        for state, rows in zip(states, by_word, strict=True):
+            # A token that a model lacks gets the base's row, or that of the one model with it.
+            donors = [rows, by_word[0], by_word[2]]
+            picked = [next(d[word] for d in donors if word in d) for word in order]
+            state[name] = torch.stack(picked)
+    assert_equal_states(merged, whole_reference(states), states[0])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_lora_adapters_are_merged_into_their_base_before_measuring(tmp_path):
+    import peft
+
+    paths = save_family(tmp_path / "models", tiny_llama(), tasks=0)
+    adapters = []
+    for seed in range(2):
+        model = tiny_llama()
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        torch.manual_seed(seed)
+        adapters.append(tmp_path / f"lora{seed}")
+        peft.get_peft_model(model, config).save_pretrained(adapters[-1])
+    names = [paths[0], *(f"{paths[0]}+{adapter}" for adapter in adapters)]
+    parameters = {"scope": "model", "density": 0.3}
+    cache = tmp_path / "cache"
+    config = configuration(names, parameters=parameters)
+    merged = tensors(merge(tmp_path, config, "--lora-merge-cache", cache)[0])
+    base = tensors(paths[0])
+    states = [base, *(tensors(path) for path in sorted(cache.iterdir()))]
+    assert len(states) == 3
+    # The cache is named by hashes, so either order; tasks may be swapped without a difference.
+    assert_equal_states(merged, whole_reference(states, density=0.3), base)
+    untouched = [name for name in base if "q_proj" not in name and "up_proj" not in name]
+    assert all(torch.equal(merged[name], base[name]) for name in untouched)
+
+
+def test_of_many_threads_one_measures_and_the_others_wait(monkeypatch):
+    import threading
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mergekit_pcb import checkpoints, whole_model
+    from mergekit_pcb.balance import Balance
+    from mergekit_pcb.statistics import Statistics
+
+    class Task:
+        parameters = {"statistics": ""}  # noqa: RUF012
+
+    class Found:
+        def statistics(self):
+            return Statistics((Balance(0.0, 1.0),), torch.float32, 1)
+
+    task, measuring = Task(), []
+    checkpoints.begin()
+    checkpoints.record(task)
+
+    def measure_plan(*_, **__):
+        measuring.append(threading.get_ident())
+        time.sleep(0.2)
+        return Found()
+
+    monkeypatch.setattr(whole_model, "measure_plan", measure_plan)
+    with ThreadPoolExecutor(4) as pool:
+        device = torch.device("cpu")
+        found = list(pool.map(lambda _: whole_model.of_plan(task, device), range(8)))
+    checkpoints.begin()
+    assert len(measuring) == 1
+    assert set(found) == {Found().statistics()}
+
+
 @pytest.mark.usefixtures("unreadable")
 @pytest.mark.parametrize(
     ("changes", "complaint"),
@@ -223,6 +325,150 @@ def test_a_tensor_some_inputs_lack_is_named_and_merged_all_the_same(tmp_path, fa
     # The head has one task left, merged with the model's numbers: nothing of the other in it.
     assert not torch.equal(merged[head], states[0][head])
     assert not torch.equal(merged[head], extra)
-    changed = merged[head] != states[0][head]
-    tau = states[2][head] - states[0][head]
-    assert torch.allclose(merged[head][changed] - states[0][head][changed], tau[changed], atol=1e-6)
+    delta, tau = merged[head] - states[0][head], states[2][head] - states[0][head]
+    assert (delta * tau >= 0).all()
+    assert (delta.abs() <= tau.abs() + 1e-6).all()
+
+
+@pytest.fixture
+def measured(tmp_path, family):
+    """A measured document and the configuration it was measured for."""
+    config = configuration(family, parameters={"scope": "model", "density": 0.2})
+    file, statistics = tmp_path / "measured.yml", tmp_path / "statistics.json"
+    file.write_text(yaml.safe_dump(config))
+    result = run("mergekit-pcb", "measure", file, "-o", statistics)
+    assert "2 reads of each checkpoint" in result.stdout
+    assert "Measuring" not in result.stderr  # no bar in a pipe
+    return statistics, config
+
+
+def test_a_sweep_over_measured_statistics_gives_the_bits_of_merges_that_measure(
+    tmp_path, family, measured
+):
+    statistics, config = measured
+    document = json.loads(statistics.read_text())
+    states = [tensors(path) for path in family]
+    assert document["tensors"] == len(states[0])
+    assert document["elements"] == sum(tensor.numel() for tensor in states[0].values())
+    assert [task["model"] for task in document["tasks"]] == [str(path) for path in family[1:]]
+    for scale in (0.5, 1.5):
+        parameters = {**config["parameters"], "lambda": scale, "weight": [0.5, 1.5]}
+        own, _ = merge(tmp_path / "own", {**config, "parameters": parameters})
+        reused = {**parameters, "statistics": str(statistics)}
+        out, result = merge(tmp_path / "reused", {**config, "parameters": reused}, "-v")
+        assert "measured" not in result.stderr
+        expected = tensors(own)
+        assert all(torch.equal(tensors(out)[name], expected[name]) for name in expected)
+
+
+def test_measuring_for_mergekit_pytorch(tmp_path, family):
+    files = []
+    for path in family[:3]:
+        files.append(tmp_path / f"{path.name}.safetensors")
+        save_file(tensors(path), files[-1])
+    config = configuration(files, parameters={"scope": "model"})
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    run("mergekit-pcb", "measure", tmp_path / "c.yml", "-o", tmp_path / "s.json")
+    own, _ = merge(tmp_path / "own", config, command="mergekit-pytorch")
+    config["parameters"]["statistics"] = str(tmp_path / "s.json")
+    out, _ = merge(tmp_path / "reused", config, command="mergekit-pytorch")
+    assert all(torch.equal(tensors(out)[n], t) for n, t in tensors(own).items())
+
+
+def changed(document, **changes):
+    """A document with changed fields and, unlike one edited by hand, a checksum that fits."""
+    from mergekit_pcb.document import Document, _checksum
+
+    edited = Document.model_validate_json(json.dumps({**document, **changes}))
+    return edited.model_copy(update={"checksum": _checksum(edited)}).model_dump_json()
+
+
+def test_documents_that_do_not_fit_are_refused(tmp_path, measured):
+    statistics, config = measured
+    good = statistics.read_text()
+    document = json.loads(good)
+    config["parameters"]["statistics"] = str(statistics)
+
+    def complaint(text, **parameters):
+        statistics.write_text(text)
+        wanted = {**config, "parameters": {**config["parameters"], **parameters}}
+        sentence = refused(tmp_path, wanted)
+        assert f"use statistics {statistics}; because" in sentence
+        return sentence
+
+    assert "measured with density 0.2 for" in complaint(good, density=0.3)
+    assert "measured with clip 0.0001 and the merge asks for 0.001" in complaint(good, clip=1e-3)
+    assert "the scope is tensor" in complaint(good, scope="tensor")
+    assert "it is damaged" in complaint(good[: len(good) // 2])
+    assert "it is damaged (walks" in complaint(good.replace('"walks": 2', '"walks": "two"'))
+    assert "it is damaged (extra" in complaint(good.replace('"clip"', '"extra": 1,\n  "clip"'))
+    edited = good.replace('"peak": ', '"peak": 1')
+    assert "changed after it was measured" in complaint(edited)
+    fewer = changed(document, tasks=document["tasks"][:2])
+    assert "holds 2 tasks and the merge has 3" in complaint(fewer)
+    turned = changed(document, tasks=document["tasks"][::-1])
+    assert "models in another order" in complaint(turned)
+    assert "puts other tensors together" in complaint(changed(document, layout="0"))
+    assert "measured in dtype bfloat16" in complaint(changed(document, dtype="bfloat16"))
+    statistics.unlink()
+    assert "cannot be read (No such file" in refused(tmp_path, config)
+
+
+def test_a_checkpoint_changed_after_measuring_is_noticed(tmp_path):
+    paths = save_family(tmp_path / "models", tiny_llama(layers=1), tasks=2)
+    config = configuration(paths, parameters={"scope": "model"})
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    statistics = tmp_path / "s.json"
+    run("mergekit-pcb", "measure", tmp_path / "c.yml", "-o", statistics)
+    state = tensors(paths[1])
+    state["model.norm.weight"][0] += 1e-3
+    save_file(state, paths[1] / "model.safetensors", metadata={"format": "pt"})
+    config["parameters"]["statistics"] = str(statistics)
+    assert f"the files of {paths[1]} are not those measured" in refused(tmp_path, config)
+
+
+def test_statistics_of_files_mean_nothing_in_memory():
+    states = [{"w": torch.randn(4, 4)} for _ in range(3)]
+    parameters = {"scope": "model", "statistics": "s.json"}
+    with pytest.raises(ValueError, match=r"use statistics s\.json in memory"):
+        merge_state_dicts(states, "pcb", base=0, parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"parameters": {"scope": "tensor"}}, "its scope is tensor"),
+        ({"merge_method": "linear", "parameters": {"weight": 1.0}}, "it does not use pcb"),
+        ({"models": []}, "finds no configuration in it"),
+        ({"parameters": {"scope": "model", "density": [0.1, 0.2]}}, "several values of density"),
+    ],
+)
+def test_what_cannot_be_measured_leaves_no_document(tmp_path, family, change, complaint):
+    file, statistics = tmp_path / "c.yml", tmp_path / "s.json"
+    file.write_text(yaml.safe_dump({**configuration(family), **change}))
+    result = run("mergekit-pcb", "measure", file, "-o", statistics, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert complaint in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yml"]
+
+
+def test_an_interrupted_walk_leaves_no_document(tmp_path, family, monkeypatch):
+    from click.testing import CliRunner
+
+    from mergekit_pcb import whole_model
+    from mergekit_pcb.cli import main
+
+    (tmp_path / "s.json").write_text("older")
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(configuration(family, parameters={"scope": "model"})))
+
+    def interrupted(walk, *_):
+        next(iter(walk()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole_model, "measure", interrupted)
+    result = CliRunner().invoke(main, ["measure", str(file), "-o", str(tmp_path / "s.json")])
+    assert result.exit_code == 1
+    assert (tmp_path / "s.json").read_text() == "older"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yml", "s.json"]
