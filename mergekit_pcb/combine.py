@@ -32,7 +32,7 @@ def merge(
     merged = torch.empty_like(aligned.base)
     overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
     parts = torch.split(merged, chunk_elements(merged.device))
-    for part, chunk in zip(parts, aligned.chunks(Scratch(statistics.dtype)), strict=True):
+    for part, chunk in zip(parts, aligned.chunks(Scratch.of_thread(statistics.dtype)), strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
         opposite = _delta(chunk, competing, statistics, [-scale * w for w in weights])
         part.copy_(torch.sub(chunk.base, opposite, out=opposite))

@@ -83,7 +83,7 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
     :class:`NotFiniteError` for NaN or infinity in an input, and :class:`OutOfRangeError` where even
     float64 does not suffice.
     """
-    sample, scratch = _Sample(count, len(recipe.densities)), Scratch(dtype)
+    sample, scratch = _Sample(count, len(recipe.densities)), Scratch.of_thread(dtype)
     try:
         intervals = _intervals(walk, count, recipe, scratch, sample)
     except OutOfRangeError:

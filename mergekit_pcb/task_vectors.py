@@ -6,6 +6,7 @@ to ``statistics.py``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -108,6 +109,18 @@ class Scratch:
         self.dtype = dtype
         self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
 
+    @classmethod
+    def of_thread(cls, dtype: torch.dtype) -> Scratch:
+        """The scratch that this thread uses for one tensor after the other.
+
+        It stays when a merge is done, about ten chunks of main memory. What lies on an
+        accelerator does not: memory is scarce there, and torch's allocator keeps it anyway.
+        """
+        kept: dict[torch.dtype, Scratch] = _thread.__dict__.setdefault("scratch", {})
+        scratch = kept.setdefault(dtype, cls(dtype))
+        scratch._buffers = {k: b for k, b in scratch._buffers.items() if k[1].type == "cpu"}
+        return scratch
+
     def __call__(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The buffer of that name, as long as ``like``, its contents undefined."""
         key, size = (name, like.device), like.numel()
@@ -116,6 +129,9 @@ class Scratch:
             buffer = torch.empty(size, dtype=self.dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer[:size]
+
+
+_thread = threading.local()
 
 
 def chunk_elements(device: torch.device) -> int:
