@@ -130,5 +130,11 @@ def representable(largest: float, tasks: int, dtype: torch.dtype) -> bool:
     limits = torch.finfo(dtype)
     if not math.isfinite(largest) or largest * tasks > limits.max:
         return False
-    widest = dtype == torch.float64
-    return widest or largest == 0 or largest * largest * SMALLEST_DIVISOR > limits.tiny
+    if dtype == torch.float64 or largest == 0:  # nothing wider to turn to, or nothing to tell
+        return True
+    return tellable(largest * largest, dtype)
+
+
+def tellable(peak: float, dtype: torch.dtype) -> bool:
+    """Whether scores down to :data:`SMALLEST_DIVISOR` of a peak are above underflow."""
+    return abs(peak) * SMALLEST_DIVISOR > torch.finfo(dtype).tiny

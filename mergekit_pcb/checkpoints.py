@@ -32,12 +32,19 @@ if TYPE_CHECKING:
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 LOG = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-# Fields of mergekit's tasks that align vocabularies, as far as they name no place on this disk.
-VOCABULARY_KEYS = ("vocabulary_axis", "pad_to_multiple_of")
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 # Plans are small; more than one is alive only where merges feed each other.
-_plans: deque[Plan] = deque(maxlen=8)
+_plans: deque[Plan] = deque(maxlen=64)
 _lock = threading.Lock()
+_thread = threading.local()  # .plan: what this thread is planning
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,28 @@ class Plan:
         by_name = {task.output_weight.name: task.gather_tensors for task in self.tasks}
         for name in sorted(extents):
             load = by_name[name]
-            how = [f"{key}={getattr(load, key)}" for key in VOCABULARY_KEYS if hasattr(load, key)]
+            how = self._vocabulary(load)
             load = getattr(load, "gather_tensors", load)
             infos = getattr(load, "weight_info", None)
             sources = [infos[model].name for model in models] if infos is not None else []
             yield json.dumps([name, extents[name].elements, sources, how])
+
+    def _vocabulary(self, load: Any) -> str:
+        """How a loading task aligns vocabularies, the inputs named by their position."""
+        if not hasattr(load, "gather_tensors"):
+            return ""
+        task = getattr(load, "tokenizer_task", None)
+        tokens = getattr(load, "tokens", None)
+        parts = [
+            getattr(load, "vocabulary_axis", None),
+            getattr(load, "pad_to_multiple_of", None),
+            sorted((token, repr(how)) for token, how in tokens.items()) if tokens else None,
+            (repr(task.tokenizer_source), task.add_tokens) if task is not None else None,
+        ]
+        text = f"{type(load).__name__} {parts}"
+        for position, model in enumerate((self.tasks[0].base_model, *self.models)):
+            text = text.replace(repr(model), f"model {position}")
+        return text
 
     def _is_raw(self) -> bool:
         return hasattr(self.tasks[0].gather_tensors, "tensors")
@@ -179,20 +203,23 @@ class Plan:
         return Aligned.of(name, held[0], held[1:])
 
 
-def begin() -> None:
+def begin() -> Plan:
     """Begin a new plan: mergekit has validated the inputs of a whole merge."""
-    with _lock:
-        if not _plans or _plans[-1].tasks:
-            _plans.append(Plan())
+    plan: Plan | None = getattr(_thread, "plan", None)
+    if plan is None or plan.tasks:
+        plan = _thread.plan = Plan()
+        with _lock:
+            _plans.append(plan)
+    return plan
 
 
 def record(task: ExecuteMergeMethodTask) -> Plan:
-    """Add a task that is being planned to the current plan."""
-    with _lock:
-        if not _plans:
-            _plans.append(Plan())
-        _plans[-1].add(task)
-        return _plans[-1]
+    """Add a task that is being planned to this thread's plan."""
+    plan: Plan | None = getattr(_thread, "plan", None)
+    if plan is None:
+        plan = begin()
+    plan.add(task)
+    return plan
 
 
 def plan_of(task: ExecuteMergeMethodTask) -> Plan | None:
@@ -214,7 +241,7 @@ def plan_without_merging(configuration: str, options: Any) -> Plan:
         _plan_files(document, options)
     else:
         _plan_models(document, options)
-    plan = _plans[-1]
+    plan: Plan = _thread.plan
     if not plan.tasks:
         raise PCBError(
             "measure this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
@@ -236,13 +263,7 @@ def _plan_models(document: Any, options: Any) -> None:
     from mergekit.merge import _model_out_config
     from mergekit.plan import MergePlanner
 
-    try:
-        config = MergeConfiguration.model_validate(document)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise PCBError(
-            "measure this merge", f"mergekit finds no configuration in it ({reason})", "correct it"
-        ) from None
+    config = MergeConfiguration.model_validate(document)
     loaders = LoaderCache()
     loaders.setup(options=options)
     for model in config.referenced_models():
@@ -275,11 +296,14 @@ def planned_task(names: dict[str, Any]) -> ExecuteMergeMethodTask | None:
 
 def is_quiet() -> bool:
     """Whether the command that is running was told to be quiet (``--quiet``)."""
+    from mergekit.options import MergeOptions
+
     frame = inspect.currentframe()
     while frame is not None:
-        options = frame.f_locals.get("options") or frame.f_locals.get("merge_options")
-        if getattr(options, "quiet", False) is True:
-            return True
+        for name in ("options", "merge_options"):
+            options = frame.f_locals.get(name)
+            if isinstance(options, MergeOptions):
+                return bool(options.quiet)
         frame = frame.f_back
     return False
 

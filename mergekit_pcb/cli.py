@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pathlib
 from typing import Any
 
@@ -65,16 +66,33 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     Example: mergekit-pcb measure pcb.yml -o statistics.json
     """
     mergekit_pcb.register()
+    import torch
+    import yaml
+
     from mergekit_pcb import checkpoints, whole_model
 
-    if not output.parent.is_dir():
+    target = output.resolve()
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise PCBError(
-            f"write {output}", f"there is no folder {output.parent}", "make it, or name another"
+            f"write {output}", f"{target.parent} is no folder to write to", "name another file"
         )
+    if target.exists() and not target.is_file():
+        raise PCBError(f"write {output}", "it is no ordinary file", "name another")
     merge_options = _merge_options(options)
-    plan = checkpoints.plan_without_merging(config.read_text(encoding="utf-8"), merge_options)
-    document = whole_model.measure_plan(plan, merge_options.device, quiet=merge_options.quiet)
-    document.write(output)
+    try:
+        device = torch.device(merge_options.device)
+        plan = checkpoints.plan_without_merging(config.read_text(encoding="utf-8"), merge_options)
+    except click.ClickException:
+        raise
+    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
+        # What mergekit, pydantic and the Hub's client say of a configuration they cannot use.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PCBError(f"measure {config}", reason, "correct it, or the options") from None
+    document = whole_model.measure_to_document(plan, device, quiet=merge_options.quiet)
+    try:
+        document.write(output)
+    except OSError as error:
+        raise PCBError(f"write {output}", str(error.strerror), "name another file") from None
     click.echo(
         f"{output}: {document.tensors} tensors, {document.elements} elements, "
         f"{document.walks} reads of each checkpoint"
@@ -109,7 +127,11 @@ def demo(directory: pathlib.Path, base_steps: int | None, expert_steps: int | No
 
     given = {"base_steps": base_steps, "expert_steps": expert_steps}
     schedule = demo.Schedule(**{name: steps for name, steps in given.items() if steps})
-    rows = demo.run(directory, schedule)
+    try:
+        rows = demo.run(directory, schedule)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PCBError(f"write the demo to {directory}", reason, "name another") from None
     click.echo(demo.table(rows))
     click.echo("* lowest of its column. Measured just now; a demonstration, not a benchmark.")
     click.echo(

@@ -29,14 +29,20 @@ def merge(
     competing = [task for task, balance in enumerate(statistics.balances) if not balance.silent]
     if not competing or scale == 0:
         return aligned.base.clone()
+    signed_weights = [-scale * weight for weight in weights]
+    if max(map(abs, signed_weights)) > torch.finfo(statistics.dtype).max:
+        raise OutOfRangeError(aligned.name)
     merged = torch.empty_like(aligned.base)
+    limit = torch.finfo(merged.dtype).max
     overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
     parts = torch.split(merged, chunk_elements(merged.device))
     for part, chunk in zip(parts, aligned.chunks(Scratch.of_thread(statistics.dtype)), strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
-        opposite = _delta(chunk, competing, statistics, [-scale * w for w in weights])
-        part.copy_(torch.sub(chunk.base, opposite, out=opposite))
-        overflow |= ~torch.stack(torch.aminmax(part)).isfinite().all()
+        opposite = _delta(chunk, competing, statistics, signed_weights)
+        values = torch.sub(chunk.base, opposite, out=opposite)
+        part.copy_(values)
+        # NaN fails the comparison too.
+        overflow |= ~(torch.stack(torch.aminmax(values)).abs() <= limit).all()
     if overflow:
         raise OutOfRangeError(aligned.name)
     return merged

@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,21 +22,49 @@ from mergekit_pcb.balance import Balance
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.statistics import Recipe, Statistics
 
-# A file's fingerprint is its size and the digest of so many evenly spaced blocks: all of a
-# small file, 16 MiB of a large one. Reading more would cost what reusing statistics saves.
-BLOCKS = 4096
-BLOCK_BYTES = 4096
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class File(_Strict):
+    """What a file was when it was measured."""
+
+    size: NonNegativeInt
+    #: Time of its last change; a file that still has it is not read again to compare.
+    modified_ns: int
+    #: Digest of all of its contents.
+    digest: str
+
+    @classmethod
+    def of(cls, path: pathlib.Path) -> File:
+        status = path.stat()
+        return cls(size=status.st_size, modified_ns=status.st_mtime_ns, digest=_digest(path))
+
+    def is_still(self, path: pathlib.Path) -> bool:
+        status = path.stat()
+        if status.st_size != self.size:
+            return False
+        return status.st_mtime_ns == self.modified_ns or _digest(path) == self.digest
+
+
 class Checkpoint(_Strict):
-    """A model as the configuration names it, and the fingerprint of each of its files."""
+    """A model as the configuration names it, and the files that were read of it."""
 
     model: str
-    files: dict[str, str]
+    files: dict[str, File]
+
+    @classmethod
+    def of(cls, model: str, files: Sequence[pathlib.Path]) -> Checkpoint:
+        with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
+            marks = list(pool.map(File.of, files))
+        named = zip(files, marks, strict=True)
+        return cls(model=model, files={path.name: mark for path, mark in named})
+
+    def is_still(self, files: Sequence[pathlib.Path]) -> bool:
+        if {path.name for path in files} != set(self.files):
+            return False
+        return all(self.files[path.name].is_still(path) for path in files)
 
 
 class Task(Checkpoint):
@@ -76,6 +106,7 @@ class Document(_Strict):
 
     def write(self, path: pathlib.Path) -> None:
         """Write all of the document or none of it."""
+        path = path.resolve()  # a link stays a link
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -84,29 +115,32 @@ class Document(_Strict):
             unfinished.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What determines the statistics of a merge; models and their files begin with the base."""
+
+    recipe: Recipe
+    dtype: torch.dtype | None
+    layout: str
+    models: Sequence[tuple[str, Sequence[pathlib.Path]]]
+
+
 def compose(
-    statistics: Statistics,
-    recipe: Recipe,
-    checkpoints: Sequence[Checkpoint],
-    *,
-    dtype: torch.dtype | None,
-    tensors: int,
-    elements: int,
-    walks: int,
-    layout: str,
+    statistics: Statistics, wanted: Wanted, *, tensors: int, elements: int, walks: int
 ) -> Document:
-    """Compose the document of what was measured; ``checkpoints`` begins with the base."""
-    base, *tasks = checkpoints
+    """Compose the document of what was measured."""
+    base, *tasks = [Checkpoint.of(model, files) for model, files in wanted.models]
     document = Document(
         format="mergekit-pcb statistics, version 1",
         versions=_versions(),
-        clip=recipe.clip,
+        clip=wanted.recipe.clip,
         arithmetic="float64" if statistics.dtype == torch.float64 else "float32",
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=_name(wanted.dtype),
         base=base,
         tasks=[
             Task(
-                **task.model_dump(),
+                model=task.model,
+                files=task.files,
                 density=density,
                 low=balance.low,
                 high=balance.high,
@@ -114,13 +148,13 @@ def compose(
                 peak=balance.peak,
             )
             for task, density, balance in zip(
-                tasks, recipe.densities, statistics.balances, strict=True
+                tasks, wanted.recipe.densities, statistics.balances, strict=True
             )
         ],
         tensors=tensors,
         elements=elements,
         walks=walks,
-        layout=layout,
+        layout=wanted.layout,
         checksum="",
     )
     return document.model_copy(update={"checksum": _checksum(document)})
@@ -146,55 +180,51 @@ def read(path: pathlib.Path) -> Document:
     return document
 
 
-def differences(measured: Document, wanted: Document) -> str | None:
+def difference(measured: Document, wanted: Wanted) -> str | None:
     """Say what keeps measured statistics from fitting a merge; ``None`` if nothing does.
 
-    Of ``wanted`` only what determines statistics is looked at. Models are compared by their
-    files, so a folder may move.
+    Models are compared by their files, so a folder may move.
     """
-    pairs = list(zip(measured.tasks, wanted.tasks, strict=False))
-    if len(measured.tasks) != len(wanted.tasks):
-        return f"it holds {len(measured.tasks)} tasks and the merge has {len(wanted.tasks)}"
-    if measured.clip != wanted.clip:
-        return f"it was measured with clip {measured.clip} and the merge asks for {wanted.clip}"
-    for ours, theirs in pairs:
-        if ours.density != theirs.density:
+    (base, base_files), *tasks = wanted.models
+    if len(measured.tasks) != len(tasks):
+        return f"it holds {len(measured.tasks)} tasks and the merge has {len(tasks)}"
+    if measured.clip != wanted.recipe.clip:
+        asked = wanted.recipe.clip
+        return f"it was measured with clip {measured.clip} and the merge asks for {asked}"
+    for task, density in zip(measured.tasks, wanted.recipe.densities, strict=True):
+        if task.density != density:
             return (
-                f"it was measured with density {ours.density} for {ours.model} and the merge "
-                f"asks for {theirs.density}"
+                f"it was measured with density {task.density} for {task.model} and the merge "
+                f"asks for {density}"
             )
-    if measured.dtype != wanted.dtype:
-        return f"it was measured in dtype {measured.dtype} and the merge casts to {wanted.dtype}"
-    measured_files = [_ordered(task.files) for task in measured.tasks]
-    wanted_files = [_ordered(task.files) for task in wanted.tasks]
-    if measured_files != wanted_files and sorted(measured_files) == sorted(wanted_files):
-        return "it lists the models in another order"
-    for ours_, theirs_ in ((measured.base, wanted.base), *pairs):
-        if ours_.files != theirs_.files:
-            return f"the files of {theirs_.model} are not those measured as {ours_.model}"
+    if measured.dtype != (asked_dtype := _name(wanted.dtype)):
+        return f"it was measured in dtype {measured.dtype} and the merge casts to {asked_dtype}"
+    if not measured.base.is_still(base_files):
+        return f"the files of {base} are not those measured as {measured.base.model}"
+    for task, (model, files) in zip(measured.tasks, tasks, strict=True):
+        if not task.is_still(files):
+            if any(other.is_still(files) for other in measured.tasks):
+                return "it lists the models in another order"
+            return f"the files of {model} are not those measured as {task.model}"
     if measured.layout != wanted.layout:
         return "the merge puts other tensors together (slices, vocabulary or names differ)"
     return None
-
-
-def fingerprint(file: pathlib.Path) -> str:
-    """Size and digest of evenly spaced blocks of a file."""
-    size = file.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    step = max(BLOCK_BYTES, size // BLOCKS // BLOCK_BYTES * BLOCK_BYTES)
-    with file.open("rb") as handle:
-        for start in range(0, size, step):
-            handle.seek(start)
-            digest.update(handle.read(BLOCK_BYTES))
-    return f"{size}:{digest.hexdigest()}"
 
 
 def digest_of(lines: Iterable[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
-def _ordered(files: dict[str, str]) -> list[tuple[str, str]]:
-    return sorted(files.items())
+def _digest(path: pathlib.Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _checksum(document: Document) -> str:

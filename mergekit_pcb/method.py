@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from mergekit.merge_methods.dtype import align_dtype
 from mergekit_pcb import checkpoints, whole_model
 from mergekit_pcb.combine import merge
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.statistics import Recipe, Statistics, measure
+from mergekit_pcb.statistics import Recipe, Statistics, check_finite, measure
 from mergekit_pcb.task_vectors import Aligned, working_dtype
 
 
@@ -181,8 +181,9 @@ class PCBMerge(GroupMergeMethod):
         if base_id not in input_ids:
             raise PCBError(
                 f"merge{where or ' with pcb'}",
-                f"the base model {base_id} does not take part or lacks this tensor",
-                "name it as an input too, or choose a base that has every tensor",
+                f"the base model {base_id} lacks it",
+                "choose a base that has every tensor, or leave this one out "
+                "(mergekit-pytorch: --tensor-intersection)",
             )
         if len(input_ids) < 2:
             raise PCBError(
@@ -216,11 +217,26 @@ class PCBMerge(GroupMergeMethod):
             else:
                 statistics = _measure_in_memory(groups, parameters, input_dtypes)
             order = task.model_order if task else [entry.id for entry in groups[0].entries]
-            measured = _Measured(statistics, tuple(order))
+            checked = task is None or whole_model.walked(task, groups[0].metadata.name)
+            measured = _Measured(statistics, tuple(order), checked)
             parameters = [{**values, "measured": measured} for values in parameters]
+        elif groups and (path := parameters[0]["statistics"]):
+            raise PCBError(
+                f"use statistics {path}",
+                "they are of a whole model and the scope is tensor",
+                "set scope to model, or leave `statistics` out",
+            )
         merged: tuple[torch.Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
+        for group, tensor in zip(groups, merged, strict=True):
+            # The methods' own check was of the dtype before this cast.
+            if out_dtype is not None and not tensor.isfinite().all():
+                raise PCBError(
+                    f"store tensor {group.metadata.name}",
+                    f"its values do not fit into {out_dtype}",
+                    "lower lambda or the weights, or choose a wider `out_dtype`",
+                )
         return merged
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
@@ -242,7 +258,9 @@ class PCBMerge(GroupMergeMethod):
         measured: _Measured | None = parameters.get("measured")
         with whole_model.explained(base.tensor.dtype, base.id, [task.id for task in tasks]):
             if measured is not None:
-                statistics = measured.of(tasks, base.id)
+                if not measured.checked:
+                    check_finite(aligned)
+                statistics = measured.of(tasks, base)
             else:
                 dtype = working_dtype(base.tensor.dtype)
                 recipe = _recipe(group, parameters)
@@ -258,11 +276,14 @@ class _Measured:
 
     statistics: Statistics
     order: tuple[Hashable, ...]
+    checked: bool  # the tensor at hand was walked over, so it is known to be finite
 
-    def of(self, tasks: Sequence[TensorEntry], base: Hashable) -> Statistics:
+    def of(self, tasks: Sequence[TensorEntry], base: TensorEntry) -> Statistics:
         """The statistics of the tasks that hold a tensor; an optional one may miss in some."""
-        positions = [model for model in self.order if model != base]
-        return self.statistics.of([positions.index(task.id) for task in tasks])
+        positions = [model for model in self.order if model != base.id]
+        held = self.statistics.of([positions.index(task.id) for task in tasks])
+        wide = working_dtype(base.tensor.dtype) == torch.float64
+        return replace(held, dtype=torch.float64) if wide else held
 
 
 def _measure_in_memory(

@@ -20,6 +20,7 @@ from mergekit_pcb.balance import (
     magnitude,
     representable,
     score,
+    tellable,
     threshold_rank,
 )
 from mergekit_pcb.ranks import POOL_ELEMENTS, OrderStatistic, kth, neighbour
@@ -86,11 +87,11 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
     sample, scratch = _Sample(count, len(recipe.densities)), Scratch.of_thread(dtype)
     try:
         intervals = _intervals(walk, count, recipe, scratch, sample)
+        balances = _balances(walk, count, recipe, scratch, sample, intervals)
     except OutOfRangeError:
         if dtype == torch.float64:
             raise
         return measure(walk, count, recipe, torch.float64)
-    balances = _balances(walk, count, recipe, scratch, sample, intervals)
     return Statistics(balances, dtype, len(balances))
 
 
@@ -155,6 +156,10 @@ def _balances(
         if not intervals[task].constant and rank < count
     }
     settled = _settle(thresholds, scores)
+    # With many tasks the factor exp(−n) may leave nothing of scores in float32.
+    lost = [task for task in settled if not tellable(float(peaks[task]), scratch.dtype)]
+    if lost and scratch.dtype != torch.float64:
+        raise OutOfRangeError("")
     return tuple(
         replace(interval, threshold=settled[task][0], peak=float(peaks[task]))
         if task in settled
@@ -232,10 +237,15 @@ class _Sample:
         )
 
 
-def _finite(largest: float, aligned: Aligned) -> float:
-    if math.isfinite(largest):
-        return largest
+def check_finite(aligned: Aligned) -> None:
+    """Raise :class:`NotFiniteError` if an input of a tensor holds NaN or infinity."""
     for task, tensor in ((None, aligned.base), *enumerate(aligned.tasks)):
-        if not tensor.isfinite().all():
+        if not tensor.to(torch.float64).isfinite().all():
             raise NotFiniteError(aligned.name, task)
-    raise OutOfRangeError(aligned.name)
+
+
+def _finite(largest: float, aligned: Aligned) -> float:
+    if not math.isfinite(largest):
+        check_finite(aligned)
+        raise OutOfRangeError(aligned.name)
+    return largest

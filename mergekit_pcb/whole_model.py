@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from mergekit_pcb import checkpoints, document
-from mergekit_pcb.balance import Balance
 from mergekit_pcb.document import Document
 from mergekit_pcb.errors import PCBError, PlanError
 from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, Statistics, measure
@@ -94,26 +93,30 @@ def of_plan(task: ExecuteMergeMethodTask, device: torch.device) -> Statistics:
             if path:
                 plan.measured = _reuse(plan, pathlib.Path(path))
             else:
-                plan.measured = measure_plan(plan, device, quiet=checkpoints.is_quiet())
-        found: Document = plan.measured
-    return found.statistics()
+                plan.measured, _ = _measure_plan(plan, device, quiet=checkpoints.is_quiet())
+        found: Statistics = plan.measured
+    return found
 
 
-def _reuse(plan: Plan, path: pathlib.Path) -> Document:
+def walked(task: ExecuteMergeMethodTask, name: str | None) -> bool:
+    """Whether a tensor took part in the statistics of its plan."""
+    plan = checkpoints.plan_of(task)
+    return plan is not None and name in plan.extents()
+
+
+def _reuse(plan: Plan, path: pathlib.Path) -> Statistics:
     measured = document.read(path)
-    recipe = recipe_of(plan.tasks[0])
-    nothing = Statistics((Balance(0.0, 0.0),) * len(recipe.densities), torch.float32, 0)
-    obstacle = document.differences(measured, _document(plan, nothing, walks=0))
+    obstacle = document.difference(measured, _wanted(plan))
     if obstacle is not None:
         raise PCBError(
             f"use statistics {path}",
             obstacle,
             "measure again with `mergekit-pcb measure`, or leave `statistics` out",
         )
-    return measured
+    return measured.statistics()
 
 
-def measure_plan(plan: Plan, device: torch.device | str, *, quiet: bool) -> Document:
+def measure_to_document(plan: Plan, device: torch.device | str, *, quiet: bool) -> Document:
     """Walk over all tensors of a plan and say what was found.
 
     Shows a progress bar on a terminal, unless ``quiet``.
@@ -124,6 +127,26 @@ def measure_plan(plan: Plan, device: torch.device | str, *, quiet: bool) -> Docu
             "its scope is tensor, where each tensor has statistics of its own",
             "write `scope: model` under the top-level `parameters:`",
         )
+    statistics, walks = _measure_plan(plan, device, quiet=quiet)
+    extents = plan.extents().values()
+    elements = sum(extent.elements for extent in extents)
+    return document.compose(
+        statistics, _wanted(plan), tensors=len(extents), elements=elements, walks=walks
+    )
+
+
+def _wanted(plan: Plan) -> document.Wanted:
+    models = (plan.tasks[0].base_model, *plan.models)
+    return document.Wanted(
+        recipe_of(plan.tasks[0]),
+        plan.dtype,
+        document.digest_of(plan.layout()),
+        [(str(model), plan.files(model)) for model in models],
+    )
+
+
+def _measure_plan(plan: Plan, device: torch.device | str, *, quiet: bool) -> tuple[Statistics, int]:
+    """Measure; returns the number of walks, too."""
     extents = plan.extents()
     count = sum(extent.elements for extent in extents.values())
     nbytes = sum(extent.nbytes for extent in extents.values())
@@ -154,28 +177,7 @@ def measure_plan(plan: Plan, device: torch.device | str, *, quiet: bool) -> Docu
                 torch.float64 if wide else torch.float32,
             )
     LOG.info("measured %d tensors of %d elements in %d walks", len(extents), count, walks)
-    return _document(plan, statistics, walks)
-
-
-def _document(plan: Plan, statistics: Statistics, walks: int) -> Document:
-    models = (plan.tasks[0].base_model, *plan.models)
-    extents = plan.extents().values()
-    return document.compose(
-        statistics,
-        recipe_of(plan.tasks[0]),
-        [
-            document.Checkpoint(
-                model=str(model),
-                files={file.name: document.fingerprint(file) for file in plan.files(model)},
-            )
-            for model in models
-        ],
-        dtype=plan.dtype,
-        tensors=len(extents),
-        elements=sum(extent.elements for extent in extents),
-        walks=walks,
-        layout=document.digest_of(plan.layout()),
-    )
+    return statistics, walks
 
 
 def of_groups(
@@ -197,7 +199,8 @@ def explained(
         raise PCBError(
             f"merge tensor {error.tensor}",
             f"{base if error.task is None else tasks[error.task]} holds NaN or infinity in it",
-            "repair or replace that checkpoint",
+            "repair or replace that checkpoint (or, if it is sound, set a `dtype:` wide enough for "
+            "its values)",
         ) from None
     except OutOfRangeError as error:
         raise PCBError(

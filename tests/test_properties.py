@@ -257,3 +257,37 @@ def test_a_result_that_does_not_fit_is_refused():
     task = base + torch.linspace(1, 3000, 64)
     with pytest.raises(mergekit_pcb.PCBError, match=r"do not fit into torch.float16; lower lambda"):
         merge([base.half(), task.half()], density=1.0, lam=100.0)
+
+
+@pytest.mark.parametrize("n", [60, 90, 110, 200])
+def test_a_task_whose_best_elements_disagree_with_many_others_is_not_lost(n):
+    torch.manual_seed(0)
+    signs = torch.randn(400).sign()
+    tasks = [1e-3 * signs * (1 + torch.rand(400)) * 0.1 for _ in range(n)]
+    tasks[0][:2] = -1e-2 * signs[:2]
+    weight = [1.0, *[0.0] * (n - 1)]
+    base = torch.zeros(400)
+    result = merge([base, *tasks], weight=weight)
+    assert_close(result, reference(base, tasks, weight=weight), base, 2e-3)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"lam": 1e39}, {"weight": 1e39}, {"lam": 1e200, "weight": 1e200}]
+)
+def test_coefficients_beyond_the_precision_are_refused(chosen):
+    with pytest.raises(mergekit_pcb.PCBError, match="lower lambda or the weights"):
+        merge(models(2, dtype=torch.float32), **chosen)
+
+
+def test_eight_bit_floats():
+    tensors = [tensor.to(torch.float8_e4m3fn) for tensor in models(2, size=0.5)]
+    result = merge(tensors, density=0.5)
+    expected = reference(tensors[0].double(), [t.double() for t in tensors[1:]], density=0.5)
+    assert result.dtype == torch.float8_e4m3fn
+    assert (result.double() - expected).abs().max() <= 0.07 * expected.abs().max()
+
+
+def test_an_out_dtype_too_narrow_for_the_result_is_refused():
+    tensors = [1e5 * tensor for tensor in models(2, dtype=torch.float32)]
+    with pytest.raises(mergekit_pcb.PCBError, match=r"do not fit into torch.float16; lower"):
+        merge_tensors(tensors, "pcb", base_index=0, name="x", out_dtype=torch.float16)

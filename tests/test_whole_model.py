@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 import torch
@@ -243,26 +244,24 @@ def test_of_many_threads_one_measures_and_the_others_wait(monkeypatch):
     class Task:
         parameters = {"statistics": ""}  # noqa: RUF012
 
-    class Found:
-        def statistics(self):
-            return Statistics((Balance(0.0, 1.0),), torch.float32, 1)
-
     task, measuring = Task(), []
     checkpoints.begin()
     checkpoints.record(task)
 
+    statistics = Statistics((Balance(0.0, 1.0),), torch.float32, 1)
+
     def measure_plan(*_, **__):
         measuring.append(threading.get_ident())
         time.sleep(0.2)
-        return Found()
+        return statistics, 2
 
-    monkeypatch.setattr(whole_model, "measure_plan", measure_plan)
+    monkeypatch.setattr(whole_model, "_measure_plan", measure_plan)
     with ThreadPoolExecutor(4) as pool:
         device = torch.device("cpu")
         found = list(pool.map(lambda _: whole_model.of_plan(task, device), range(8)))
     checkpoints.begin()
     assert len(measuring) == 1
-    assert set(found) == {Found().statistics()}
+    assert set(found) == {statistics}
 
 
 @pytest.mark.usefixtures("unreadable")
@@ -439,7 +438,7 @@ def test_statistics_of_files_mean_nothing_in_memory():
     [
         ({"parameters": {"scope": "tensor"}}, "its scope is tensor"),
         ({"merge_method": "linear", "parameters": {"weight": 1.0}}, "it does not use pcb"),
-        ({"models": []}, "finds no configuration in it"),
+        ({"models": []}, "Exactly one of 'models', 'slices', or 'modules'"),
         ({"parameters": {"scope": "model", "density": [0.1, 0.2]}}, "several values of density"),
     ],
 )
@@ -472,3 +471,127 @@ def test_an_interrupted_walk_leaves_no_document(tmp_path, family, monkeypatch):
     assert result.exit_code == 1
     assert (tmp_path / "s.json").read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yml", "s.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("merge_method: [", "while parsing"),
+        (
+            "merge_method: pcbb\nbase_model: {0}\nmodels: [{{model: {1}}}]",
+            "Unimplemented merge method",
+        ),
+        ("merge_method: pcb\nbase_model: {0}\nmodels: [{{model: /no/where}}]", "/no/where"),
+        ("just words", "Input should be"),
+    ],
+)
+def test_configurations_nobody_can_use_end_in_a_sentence(tmp_path, family, text, complaint):
+    from click.testing import CliRunner
+
+    from mergekit_pcb.cli import main
+
+    file = tmp_path / "c.yml"
+    file.write_text(text.format(*family))
+    result = CliRunner().invoke(main, ["measure", str(file), "-o", str(tmp_path / "s.json")])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert complaint in result.output
+    assert re.search(r"^Error: cannot .*; because .*; .*\.$", result.output, re.MULTILINE)
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_measuring(tmp_path, family, monkeypatch):
+    from click.testing import CliRunner
+
+    from mergekit_pcb import whole_model
+    from mergekit_pcb.cli import main
+
+    monkeypatch.delattr(whole_model, "measure_to_document")
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(configuration(family, parameters={"scope": "model"})))
+    for output in (tmp_path / "missing" / "s.json", "/dev/null"):
+        result = CliRunner().invoke(main, ["measure", str(file), "-o", str(output)])
+        assert result.exit_code == 1
+        assert f"cannot write {output}; because" in result.output
+
+
+def test_vocabulary_settings_are_part_of_what_was_measured(tmp_path):
+    words = [f"w{i}" for i in range(64)]
+    paths = save_family(tmp_path / "models", tiny_llama(layers=1), tasks=2)
+    for path in paths:
+        with_tokenizer(path, words)
+    parameters = {"scope": "model"}
+    file, statistics = tmp_path / "c.yml", tmp_path / "s.json"
+    config = configuration(paths, parameters=parameters, tokenizer={"source": "base"})
+    file.write_text(yaml.safe_dump(config))
+    run("mergekit-pcb", "measure", file, "-o", statistics)
+    config["parameters"]["statistics"] = str(statistics)
+    merge(tmp_path, config)
+    config["tokenizer"]["tokens"] = {"w3": {"source": {"kind": "zero"}, "force": True}}
+    assert "puts other tensors together" in refused(tmp_path, config)
+    config["tokenizer"] = {"source": str(paths[2])}
+    assert "puts other tensors together" in refused(tmp_path, config)
+
+
+def test_a_moved_copy_is_the_same_model_and_a_touched_one_too(tmp_path, family, measured):
+    import os
+    import shutil
+
+    statistics, config = measured
+    for path in family:
+        shutil.copytree(path, tmp_path / "moved" / path.name, copy_function=shutil.copy)
+        for file in (tmp_path / "moved" / path.name).iterdir():
+            os.utime(file)
+    moved = [tmp_path / "moved" / path.name for path in family]
+    parameters = {**config["parameters"], "statistics": str(statistics)}
+    merge(tmp_path, configuration(moved, parameters=parameters))
+
+
+@pytest.mark.parametrize("where", ["base", "a"])
+@pytest.mark.parametrize("chosen", [{}, {"lambda": 0.0}, {"density": 0.0}])
+def test_nan_is_found_in_tensors_that_take_no_part_in_measuring(tmp_path, family, where, chosen):
+    from click.testing import CliRunner
+    from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
+
+    states = dict(zip(("base", "a", "b"), map(tensors, family), strict=False))
+    del states["b"]["lm_head.weight"]
+    states[where]["lm_head.weight"][0, 0] = float("nan")
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in states]
+    config = tmp_path / "c.yml"
+    parameters = {"scope": "model", **chosen}
+    config.write_text(yaml.safe_dump(configuration(files, parameters=parameters)))
+    result = CliRunner().invoke(mergekit_pytorch, [str(config), str(tmp_path / "out"), "-u"])
+    assert result.exit_code == 1
+    assert f"because {tmp_path / where}.safetensors holds NaN or infinity" in result.output
+
+
+def test_merges_planned_in_two_threads_do_not_mix(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    families = [save_family(tmp_path / f"f{i}", tiny_llama(layers=1), tasks=2) for i in range(2)]
+    options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
+
+    def merged(index):
+        parameters = {"scope": "model", "density": 0.1 + 0.2 * index}
+        config = configuration(families[index], parameters=parameters)
+        out = tmp_path / f"out{index}"
+        run_merge(MergeConfiguration.model_validate(config), str(out), options)
+        return tensors(out)
+
+    with ThreadPoolExecutor(2) as pool:
+        for index, result in enumerate(pool.map(merged, range(2))):
+            states = [tensors(path) for path in families[index]]
+            expected = whole_reference(states, density=0.1 + 0.2 * index)
+            assert_equal_states(result, expected, states[0])
+
+
+def test_a_local_variable_named_options_is_nobodys_business():
+    from mergekit_pcb import checkpoints
+
+    options = torch.arange(3)  # noqa: F841 - it is looked for by name
+    assert checkpoints.is_quiet() is False
