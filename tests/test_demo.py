@@ -44,8 +44,10 @@ def test_demo_trains_merges_measures(tmp_path):
     merged = tensors(directory / "merged-pcb")
     for name, tensor in base.items():
         expected = reference(tensor, [expert[name] for expert in experts])
-        delta = (expected - tensor).norm()
-        assert (merged[name] - expected).norm() <= 1e-4 * delta + 1e-7 * tensor.norm()
+        # The demo's numbers are new on every machine, and an element whose score lies beside the
+        # threshold may round to its other side in float32; then it is merged wholly or not at all.
+        beyond = (merged[name] - expected).abs() > 1e-6 * expected.abs() + 1e-8
+        assert beyond.sum() <= max(1, 3e-4 * tensor.numel()), name
 
 
 def test_the_table_marks_the_lowest_of_each_column():
