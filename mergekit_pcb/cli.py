@@ -118,7 +118,7 @@ def _merge_options(arguments: tuple[str, ...]) -> Any:
 def demo(directory: pathlib.Path, base_steps: int | None, expert_steps: int | None) -> None:
     """Train a small Llama and three experts, merge them, print what came out.
 
-    Needs no network and no GPU, about two minutes on two cores, and writes 40 MB to
+    Needs no network and no GPU, about two minutes on two cores, and writes 30 MB to
     DIRECTORY, which must be new or empty.
 
     Example: mergekit-pcb demo demo
