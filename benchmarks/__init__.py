@@ -1,1 +1,4 @@
-"""Benchmarks: one command per table, run from the repository's root. See README.md there."""
+"""Benchmarks: one command per table, run from the repository's root.
+
+The README quotes what they print.
+"""
