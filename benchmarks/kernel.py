@@ -18,13 +18,16 @@ from mergekit.merge_methods import merge_tensors
 from benchmarks.measuring import alternate, extra_memory, machine, row
 from benchmarks.rivals import released_pcb
 
-DENSITY = 0.2
+DENSITY, DARE_DENSITY = 0.2, 0.5
 OURS = "pcb"
+DARE = "pcb, DARE"
 RELEASED = "released algorithm"
-STOCK = {
+PARAMETERS: dict[str, dict[str, float]] = {
+    OURS: {"density": DENSITY},
+    DARE: {"density": DENSITY, "dare_density": DARE_DENSITY},
     "task_arithmetic": {"weight": 1.0},
     "ties": {"weight": 1.0, "density": DENSITY},
-    OURS: {"density": DENSITY},
+    "dare_ties": {"weight": 1.0, "density": DARE_DENSITY},
 }
 
 
@@ -47,7 +50,7 @@ def actions(tensors: list[torch.Tensor], names: list[str]) -> dict[str, Callable
             found[name] = lambda: _released(tensors)
         else:
             found[name] = lambda name=name: merge_tensors(
-                tensors, name, base_index=0, parameters=STOCK[name]
+                tensors, name.partition(",")[0], base_index=0, parameters=PARAMETERS[name]
             )
     return found
 
@@ -79,9 +82,10 @@ def main(
         return
     print(machine())
     print(f"one tensor {rows} × {columns}, three tasks, density {DENSITY}, median of {runs} turns")
+    print(f"DARE with density {DARE_DENSITY}")
     for dtype in (torch.float32, torch.bfloat16):
         dtype_name = str(dtype).removeprefix("torch.")
-        names = [OURS, *[n for n in STOCK if n != OURS]]
+        names = list(PARAMETERS)
         if dtype == torch.float32:
             names.append(RELEASED)
         tensors = models(shape, dtype)
@@ -93,6 +97,8 @@ def main(
         for name in names:
             extra = _memory_in_own_process(name, dtype_name, rows, columns, threads)
             print(f"{row(name, seconds[name], seconds[OURS])} {extra / size:.2f} S |")
+        cost = (a / b for a, b in zip(seconds[DARE], seconds[OURS], strict=True))
+        print(f"\n{DARE} / {OURS}: {statistics.median(cost):.3f}")
         own = statistics.median(seconds[OURS])
         elements = rows * columns * 3
         print(f"\npcb: {own / elements * 1e9:.2f} ns per element and task")

@@ -65,6 +65,8 @@ class Plan:
         self.lock = threading.Lock()
         #: What has been measured of this plan; set and read under ``lock`` by the method.
         self.measured: Any = None
+        #: What the user has been told about this plan already.
+        self.remarks: set[str] = set()
         self._extents: dict[str, Extent] | None = None
 
     def add(self, task: ExecuteMergeMethodTask) -> None:

@@ -36,7 +36,8 @@ def merge(
     limit = torch.finfo(merged.dtype).max
     overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
     parts = torch.split(merged, chunk_elements(merged.device))
-    for part, chunk in zip(parts, aligned.chunks(Scratch.of_thread(statistics.dtype)), strict=True):
+    chunks = aligned.under(statistics.dare).chunks(Scratch.of_thread(statistics.dtype))
+    for part, chunk in zip(parts, chunks, strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
         opposite = _delta(chunk, competing, statistics, signed_weights)
         values = torch.sub(chunk.base, opposite, out=opposite)
@@ -60,7 +61,7 @@ def _delta(
         tau, balance = chunk.task_vector(task), statistics.balances[task]
         clamped = magnitude(tau, balance, out=buffer("clamped", tau))
         scores = buffer("score", tau)
-        scratch = buffer("product", tau), buffer("square", tau)
+        scratch = buffer.passing(tau)
         score(tau, clamped, total, balance, statistics.tasks, out=scores, scratch=scratch)
         share = rescale_(scores, balance)
         divisor.add_(share)

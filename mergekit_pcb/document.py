@@ -18,7 +18,9 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
+from mergekit_pcb import dare
 from mergekit_pcb.balance import Balance
+from mergekit_pcb.dare import Dare
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.statistics import Recipe, Statistics
 
@@ -71,6 +73,7 @@ class Task(Checkpoint):
     """A task's part of the recipe and the four numbers measured for it."""
 
     density: FiniteFloat
+    dare_density: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
     threshold: FiniteFloat
@@ -83,6 +86,8 @@ class Document(_Strict):
     format: Literal["mergekit-pcb statistics, version 1"]
     versions: dict[str, str]
     clip: FiniteFloat
+    #: Which elements DARE kept; null where it was off for all tasks.
+    seed: int | None
     arithmetic: Literal["float32", "float64"]
     #: The dtype that inputs were cast to before measuring, if any.
     dtype: str | None
@@ -99,10 +104,16 @@ class Document(_Strict):
 
     def statistics(self) -> Statistics:
         balances = [Balance(t.low, t.high, t.threshold, t.peak) for t in self.tasks]
-        return Statistics(tuple(balances), getattr(torch, self.arithmetic), len(balances))
+        return Statistics(
+            tuple(balances), self._dare(), getattr(torch, self.arithmetic), len(balances)
+        )
 
     def recipe(self) -> Recipe:
-        return Recipe(tuple(task.density for task in self.tasks), self.clip)
+        return Recipe(tuple(task.density for task in self.tasks), self.clip, self._dare())
+
+    def _dare(self) -> tuple[Dare | None, ...]:
+        densities = [task.dare_density for task in self.tasks]
+        return dare.plan(densities, self.seed or 0, range(len(densities)))
 
     def write(self, path: pathlib.Path) -> None:
         """Write all of the document or none of it."""
@@ -130,10 +141,13 @@ def compose(
 ) -> Document:
     """Compose the document of what was measured."""
     base, *tasks = [Checkpoint.of(model, files) for model, files in wanted.models]
+    recipe = wanted.recipe
+    seeds = {mask.seed for mask in recipe.dare if mask is not None}
     document = Document(
         format="mergekit-pcb statistics, version 1",
         versions=_versions(),
-        clip=wanted.recipe.clip,
+        clip=recipe.clip,
+        seed=seeds.pop() if seeds else None,
         arithmetic="float64" if statistics.dtype == torch.float64 else "float32",
         dtype=_name(wanted.dtype),
         base=base,
@@ -142,13 +156,14 @@ def compose(
                 model=task.model,
                 files=task.files,
                 density=density,
+                dare_density=mask.density if mask is not None else 1.0,
                 low=balance.low,
                 high=balance.high,
                 threshold=balance.threshold,
                 peak=balance.peak,
             )
-            for task, density, balance in zip(
-                tasks, wanted.recipe.densities, statistics.balances, strict=True
+            for task, density, mask, balance in zip(
+                tasks, recipe.densities, recipe.dare, statistics.balances, strict=True
             )
         ],
         tensors=tensors,
@@ -197,6 +212,14 @@ def difference(measured: Document, wanted: Wanted) -> str | None:
                 f"it was measured with density {task.density} for {task.model} and the merge "
                 f"asks for {density}"
             )
+    for task, then, now in zip(
+        measured.tasks, measured.recipe().dare, wanted.recipe.dare, strict=True
+    ):
+        if then != now:
+            return (
+                f"it was measured with {_described(then)} for {task.model} and the merge asks for "
+                f"{_described(now)}"
+            )
     if measured.dtype != (asked_dtype := _name(wanted.dtype)):
         return f"it was measured in dtype {measured.dtype} and the merge casts to {asked_dtype}"
     if not measured.base.is_still(base_files):
@@ -221,6 +244,10 @@ def _digest(path: pathlib.Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _described(mask: Dare | None) -> str:
+    return "no DARE" if mask is None else f"dare_density {mask.density}, seed {mask.seed}"
 
 
 def _name(dtype: torch.dtype | None) -> str | None:

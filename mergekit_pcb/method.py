@@ -7,11 +7,12 @@ while mergekit's package of merge methods is half initialised (see ``_autoload.p
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mergekit.merge_methods import registry
@@ -24,16 +25,20 @@ from mergekit.merge_methods.base import (
     OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
-    TensorEntry,
     TensorGroup,
 )
 from mergekit.merge_methods.dtype import align_dtype
 
-from mergekit_pcb import checkpoints, whole_model
+from mergekit_pcb import checkpoints, dare, whole_model
 from mergekit_pcb.combine import merge
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.statistics import Recipe, Statistics, check_finite, measure
 from mergekit_pcb.task_vectors import Aligned, working_dtype
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,23 @@ class NumberParameter(ParameterSpec):
             number = math.nan
         if not self.accepts(number):
             raise PCBError(f"use {self.name}: {value!r}", self.because, self.remedy)
+        return number
+
+
+@dataclass(frozen=True)
+class WholeNumberParameter(ParameterSpec):
+    """A parameter that is a whole number, of any sign and size."""
+
+    because: str = ""
+    remedy: str = "write a whole number such as 0"
+
+    def validate(self, value: Any) -> int:
+        try:
+            number = int(value)
+            if isinstance(value, bool) or (not isinstance(value, str) and number != value):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise PCBError(f"use {self.name}: {value!r}", self.because, self.remedy) from None
         return number
 
 
@@ -119,6 +141,24 @@ PARAMETERS = (
         accepts=lambda value: 0 <= value < 0.5,
         because="clip is the fraction of a task vector's magnitudes clamped at each end",
         remedy="write a number from 0 to less than 0.5, such as 0.0001",
+    ),
+    NumberParameter(
+        "dare_density",
+        float,
+        ParameterScope.NON_BASE,
+        default=1.0,
+        description="fraction of a task's elements that DARE keeps before PCB",
+        accepts=lambda value: dare.SMALLEST_DENSITY <= value <= 1,
+        because="dare_density is the probability that an element of a task vector is kept",
+        remedy="write a number above 0 (and not below 2e-9) up to 1, which switches DARE off",
+    ),
+    WholeNumberParameter(
+        "seed",
+        int,
+        ParameterScope.SHARED,
+        default=0,
+        description="which elements DARE keeps",
+        because="seed chooses the elements that DARE keeps and has to be a whole number",
     ),
     ChoiceParameter(
         "scope",
@@ -204,8 +244,16 @@ class PCBMerge(GroupMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Merge the groups; under ``scope: model`` measure all of the model first."""
-        if groups and parameters[0]["scope"] == whole_model.MODEL:
-            task = checkpoints.planned_task(checkpoints.caller(2))
+        if not groups:
+            return ()
+        task = checkpoints.planned_task(checkpoints.caller(2))
+        if task is None:
+            remarks: set[str] = set()
+            for values in parameters:
+                for model, density in values["density"].items():
+                    _advise(remarks, model, density, values["dare_density"][model])
+        measured = None
+        if parameters[0]["scope"] == whole_model.MODEL:
             if task is not None:
                 statistics = whole_model.of_plan(task, groups[0].entries[0].tensor.device)
             elif path := parameters[0]["statistics"]:
@@ -216,16 +264,22 @@ class PCBMerge(GroupMergeMethod):
                 )
             else:
                 statistics = _measure_in_memory(groups, parameters, input_dtypes)
-            order = task.model_order if task else [entry.id for entry in groups[0].entries]
             checked = task is None or whole_model.walked(task, groups[0].metadata.name)
-            measured = _Measured(statistics, tuple(order), checked)
-            parameters = [{**values, "measured": measured} for values in parameters]
-        elif groups and (path := parameters[0]["statistics"]):
+            measured = _Measured(statistics, checked)
+        elif path := parameters[0]["statistics"]:
             raise PCBError(
                 f"use statistics {path}",
                 "they are of a whole model and the scope is tensor",
                 "set scope to model, or leave `statistics` out",
             )
+        parameters = [
+            {
+                **values,
+                "models": _models_of(task) if task else [entry.id for entry in group.non_base],
+                "measured": measured,
+            }
+            for group, values in zip(groups, parameters, strict=True)
+        ]
         merged: tuple[torch.Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
@@ -255,15 +309,19 @@ class PCBMerge(GroupMergeMethod):
                 "copy it from the base model instead",
             )
         aligned = _aligned(group)
-        measured: _Measured | None = parameters.get("measured")
+        measured: _Measured | None = parameters["measured"]
+        # An optional tensor may be missing in some of the models.
+        positions = [parameters["models"].index(task.id) for task in tasks]
+        dtype = working_dtype(base.tensor.dtype)
         with whole_model.explained(base.tensor.dtype, base.id, [task.id for task in tasks]):
             if measured is not None:
                 if not measured.checked:
                     check_finite(aligned)
-                statistics = measured.of(tasks, base)
+                statistics = measured.statistics.of(positions)
+                if dtype == torch.float64:
+                    statistics = replace(statistics, dtype=dtype)
             else:
-                dtype = working_dtype(base.tensor.dtype)
-                recipe = _recipe(group, parameters)
+                recipe = _recipe(group, parameters, positions)
                 statistics = measure(lambda: [aligned], len(aligned), recipe, dtype)
             weights = parameters["weight"].values_for(tasks)
             merged = merge(aligned, statistics, weights, parameters["lambda"])
@@ -272,18 +330,15 @@ class PCBMerge(GroupMergeMethod):
 
 @dataclass(frozen=True)
 class _Measured:
-    """Statistics of a whole model and the inputs, base included, in the order of its tasks."""
+    """Statistics of a whole model."""
 
     statistics: Statistics
-    order: tuple[Hashable, ...]
     checked: bool  # the tensor at hand was walked over, so it is known to be finite
 
-    def of(self, tasks: Sequence[TensorEntry], base: TensorEntry) -> Statistics:
-        """The statistics of the tasks that hold a tensor; an optional one may miss in some."""
-        positions = [model for model in self.order if model != base.id]
-        held = self.statistics.of([positions.index(task.id) for task in tasks])
-        wide = working_dtype(base.tensor.dtype) == torch.float64
-        return replace(held, dtype=torch.float64) if wide else held
+
+def _models_of(task: ExecuteMergeMethodTask) -> list[Hashable]:
+    """The models of a configuration, in its order, without the base."""
+    return [model for model in task.model_order if model != task.base_model]
 
 
 def _measure_in_memory(
@@ -291,12 +346,15 @@ def _measure_in_memory(
     parameters: Sequence[dict[str, Any]],
     dtypes: Sequence[torch.dtype | None],
 ) -> Statistics:
-    recipes = {_recipe(group, values) for group, values in zip(groups, parameters, strict=True)}
+    recipes = {
+        _recipe(group, values, range(len(group.non_base)))
+        for group, values in zip(groups, parameters, strict=True)
+    }
     if len(recipes) > 1:
         raise PCBError(
-            "use scope: model with several values of density or clip",
+            "use scope: model with several values of density, dare_density, seed or clip",
             "all tensors are ranked together",
-            "give each model one density, or use scope: tensor",
+            "give each model one density and dare_density, or use scope: tensor",
         )
     walk = [
         _aligned(align_dtype(group, dtype)) for group, dtype in zip(groups, dtypes, strict=True)
@@ -307,8 +365,14 @@ def _measure_in_memory(
     return whole_model.of_groups(walk, recipes.pop(), dtype, ids)
 
 
-def _recipe(group: TensorGroup, parameters: dict[str, Any]) -> Recipe:
-    return Recipe(tuple(parameters["density"].values_for(group.non_base)), parameters["clip"])
+def _recipe(group: TensorGroup, parameters: dict[str, Any], positions: Sequence[int]) -> Recipe:
+    return Recipe(
+        tuple(parameters["density"].values_for(group.non_base)),
+        parameters["clip"],
+        dare.plan(
+            parameters["dare_density"].values_for(group.non_base), parameters["seed"], positions
+        ),
+    )
 
 
 def _aligned(group: TensorGroup) -> Aligned:
@@ -327,9 +391,25 @@ def _look_at_caller(names: dict[str, Any]) -> None:
     if isinstance(group, TensorGroup):
         _check_shapes(group)
     elif (task := checkpoints.planned_task(names)) is not None:
-        whole_model.check(checkpoints.record(task), task)
+        plan = checkpoints.record(task)
+        whole_model.check(plan, task)
+        for model in _models_of(task):
+            values = task.input_parameters[model]
+            _advise(plan.remarks, model, values["density"], values["dare_density"])
     else:
         checkpoints.begin()
+
+
+def _advise(remarks: set[str], model: Hashable, density: float, dare_density: float) -> None:
+    """Warn, once a merge, of a density that cannot mean what it seems to say."""
+    remark = (
+        f"density {density:g} keeps no more of {model} than its dare_density {dare_density:g} "
+        "does: it is a fraction of all elements, those that DARE dropped included; choose one "
+        f"below {dare_density:g} for PCB to drop any more"
+    )
+    if dare_density < 1 and density > dare_density and remark not in remarks:
+        remarks.add(remark)
+        LOG.warning(remark)
 
 
 def _check_shapes(group: TensorGroup) -> None:

@@ -29,20 +29,29 @@ class OrderStatistic:
     ``low`` and ``high`` are a guess strictly between which the answer may lie (``None``: no
     guess; :func:`neighbour` widens one by a step). Call :meth:`push` with every part of the
     stream, then :meth:`settle`; while that returns ``None``, stream the same values again (a
-    *sweep*). Values must not be NaN.
+    *sweep*). Values must not be NaN. ``tied`` says that many values may equal ``low`` and
+    be the answer: one more count then spares the sweep that would find out.
     """
 
     def __init__(
-        self, rank: int, count: int, low: float | None = None, high: float | None = None
+        self,
+        rank: int,
+        count: int,
+        low: float | None = None,
+        high: float | None = None,
+        *,
+        tied: bool = False,
     ) -> None:
         if not 0 <= rank < count:
             raise ValueError(f"rank {rank} lies outside a stream of {count} values")
         self.rank, self.count = rank, count
-        self._open(low, high)
+        self._open(low, high, tied=tied)
 
-    def _open(self, low: float | None, high: float | None) -> None:
+    def _open(self, low: float | None, high: float | None, *, tied: bool = False) -> None:
         """Make ready for a sweep between these fences."""
         self.low, self.high = low, high
+        self._tied = tied
+        self._below: int | torch.Tensor = 0  # values < low, counted if tied
         # Proven fences: the answer is not beyond them.
         self._at_least_low = self._at_most_high = False
         self._seen = 0
@@ -63,6 +72,8 @@ class OrderStatistic:
         if self.low is not None:
             inside = stream > self.low
             self._at_most = self._at_most + (len(stream) - _count(inside))
+            if self._tied:
+                self._below = self._below + _count(stream < self.low)
         if self.high is not None:
             under = stream < self.high
             inside = under if inside is None else inside & under
@@ -74,7 +85,7 @@ class OrderStatistic:
             raise ValueError(f"a sweep brought {self._seen} values where {self.count} were due")
         rank = self.rank - int(self._at_most)
         if rank < 0 and self.low is not None:
-            if self._at_least_low:
+            if self._at_least_low or (self._tied and self.rank >= int(self._below)):
                 return self.low
             self._open(None, neighbour(self.low, math.inf, self._dtype))
         elif rank >= self._inside and self.high is not None:
@@ -111,7 +122,7 @@ class OrderStatistic:
         # At least: even if all of it came below.
         at_least = self.rank - (self.count - self._seen) - outside
         if 0 <= at_least < len(pool):
-            self.low, self._at_least_low = _kth(pool, at_least), True
+            self.low, self._at_least_low, self._tied = _kth(pool, at_least), True, False
             above = pool[pool > self.low]
             self._at_most = outside + len(pool) - len(above)
             pool = above

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 
@@ -23,6 +24,7 @@ from mergekit_pcb.balance import (
     tellable,
     threshold_rank,
 )
+from mergekit_pcb.dare import Dare
 from mergekit_pcb.ranks import POOL_ELEMENTS, OrderStatistic, kth, neighbour
 from mergekit_pcb.task_vectors import Aligned, Scratch
 
@@ -39,26 +41,33 @@ SAMPLE_DEVIATIONS = 4.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines the statistics of given task vectors."""
+    """All that determines the statistics of given inputs."""
 
     densities: tuple[float, ...]
     clip: float
+    dare: tuple[Dare | None, ...]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What was measured: one balance per task, in the precision it was measured in.
 
+    ``dare`` is what the task vectors were thinned by, and have to be when they are merged.
     ``tasks`` is the number of tasks that competed, also where :meth:`of` leaves fewer.
     """
 
     balances: tuple[Balance, ...]
+    dare: tuple[Dare | None, ...]
     dtype: torch.dtype
     tasks: int
 
     def of(self, tasks: Sequence[int]) -> Statistics:
         """The same statistics for some of the tasks, where a tensor is not held by all."""
-        return replace(self, balances=tuple(self.balances[task] for task in tasks))
+        return replace(
+            self,
+            balances=tuple(self.balances[task] for task in tasks),
+            dare=tuple(self.dare[task] for task in tasks),
+        )
 
 
 class NotFiniteError(Exception):
@@ -85,14 +94,18 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
     float64 does not suffice.
     """
     sample, scratch = _Sample(count, len(recipe.densities)), Scratch.of_thread(dtype)
+
+    def thinned() -> Iterator[Aligned]:
+        return (aligned.under(recipe.dare) for aligned in walk())
+
     try:
-        intervals = _intervals(walk, count, recipe, scratch, sample)
-        balances = _balances(walk, count, recipe, scratch, sample, intervals)
+        intervals = _intervals(thinned, count, recipe, scratch, sample)
+        balances = _balances(thinned, count, recipe, scratch, sample, intervals)
     except OutOfRangeError:
         if dtype == torch.float64:
             raise
         return measure(walk, count, recipe, torch.float64)
-    return Statistics(balances, dtype, len(balances))
+    return Statistics(balances, recipe.dare, dtype, len(balances))
 
 
 def _intervals(
@@ -105,13 +118,15 @@ def _intervals(
     ranks = low_rank(count, recipe.clip), high_rank(count, recipe.clip)
 
     def magnitudes(tasks: Sequence[int]) -> Values:
-        sample.clear()
+        sample.clear(tasks)
         largest, widest = 0.0, ""
+        passed = 0
         for aligned in walk():
             peaks: list[torch.Tensor] = []
             for chunk in aligned.chunks(scratch):
                 for task in tasks:
                     tau = chunk.task_vector(task)
+                    sample.take(task, tau, passed + chunk.start)
                     values = torch.abs(tau, out=scratch("magnitude", tau))
                     peaks.append(values.amax())
                     yield task, values
@@ -119,7 +134,7 @@ def _intervals(
             if peaks:
                 peak = _finite(float(torch.stack(peaks).amax()), aligned)
                 largest, widest = max((largest, widest), (peak, aligned.name))
-            sample.take(aligned, scratch.dtype)
+            passed += len(aligned)
         if not representable(largest, len(recipe.densities), scratch.dtype):
             raise OutOfRangeError(widest)
 
@@ -151,7 +166,7 @@ def _balances(
                     yield task, values
 
     thresholds = {
-        task: [OrderStatistic(rank, count, *sample.fences(task, rank, intervals))]
+        task: [OrderStatistic(rank, count, **sample.guess(task, rank, intervals))]
         for task, rank in enumerate(ranks)
         if not intervals[task].constant and rank < count
     }
@@ -172,8 +187,7 @@ def _score(
     tau: torch.Tensor, total: torch.Tensor, balance: Balance, tasks: int, scratch: Scratch
 ) -> torch.Tensor:
     clamped = magnitude(tau, balance, out=scratch("score", tau))
-    products = scratch("product", tau), scratch("square", tau)
-    return score(tau, clamped, total, balance, tasks, out=clamped, scratch=products)
+    return score(tau, clamped, total, balance, tasks, out=clamped, scratch=scratch.passing(tau))
 
 
 def _settle(
@@ -196,45 +210,54 @@ def _settle(
     return answers  # type: ignore[return-value]
 
 
+class Guess(TypedDict, total=False):
+    """Where an order statistic may lie, as :class:`~mergekit_pcb.ranks.OrderStatistic` takes it."""
+
+    low: float
+    high: float
+    tied: bool
+
+
 class _Sample:
     """Evenly spaced task vector elements of a scope, to guess thresholds from."""
 
     def __init__(self, count: int, tasks: int) -> None:
-        self._count, self._tasks = count, tasks
+        self._count = count
         # Odd, so that it does not fall in step with the rows of a matrix.
         size = min(max(1, round(count ** (2 / 3))), LARGEST_SAMPLE)
         self._step = (count // size) | 1
-        self.clear()
+        self._task_vectors: list[list[torch.Tensor]] = [[] for _ in range(tasks)]
 
-    def clear(self) -> None:
-        self._passed = 0
-        self._task_vectors: list[list[torch.Tensor]] = [[] for _ in range(self._tasks)]
+    def clear(self, tasks: Sequence[int]) -> None:
+        for task in tasks:
+            self._task_vectors[task].clear()
 
-    def take(self, aligned: Aligned, dtype: torch.dtype) -> None:
+    def take(self, task: int, tau: torch.Tensor, passed: int) -> None:
+        """Take what is due of a task's elements, of which so many have passed before."""
         if self._count > POOL_ELEMENTS:  # else every value is kept anyway
-            part = aligned.every(self._step, -self._passed % self._step, Scratch(dtype))
-            for task, kept in enumerate(self._task_vectors):
-                kept.append(part.task_vector(task).clone())
-        self._passed += len(aligned)
+            self._task_vectors[task].append(tau[-passed % self._step :: self._step].clone())
 
-    def fences(
-        self, task: int, rank: int, intervals: Sequence[Balance]
-    ) -> tuple[float | None, float | None]:
-        """Scores strictly between which the score at ``rank`` of the whole scope should lie."""
+    def guess(self, task: int, rank: int, intervals: Sequence[Balance]) -> Guess:
+        """Scores strictly between which the one at ``rank`` should lie, unless it is tied."""
         if not self._task_vectors[task]:
-            return None, None
+            return {}
         task_vectors = [torch.cat(parts) for parts in self._task_vectors]
         scratch = Scratch(task_vectors[0].dtype)
         total = torch.stack(task_vectors).sum(0)
         scores = _score(task_vectors[task], total, intervals[task], len(intervals), scratch)
         share, size = rank / self._count, scores.numel()
         margin = SAMPLE_DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
-        low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
-        # A step outwards each, because many elements may share the value of a fence.
-        return (
-            neighbour(kth(scores, low), -math.inf, scores.dtype) if low >= 0 else None,
-            neighbour(kth(scores, high), math.inf, scores.dtype) if high < size else None,
-        )
+        first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
+        guess: Guess = {}
+        if first >= 0:
+            low = kth(scores, first)
+            # Zeros of DARE, and of tensors that training left alone.
+            guess["tied"] = int((scores == low).sum()) > margin
+            # Else a step outwards, because a few elements may share the value of a fence.
+            guess["low"] = low if guess["tied"] else neighbour(low, -math.inf, scores.dtype)
+        if last < size:
+            guess["high"] = neighbour(kth(scores, last), math.inf, scores.dtype)
+        return guess
 
 
 def check_finite(aligned: Aligned) -> None:

@@ -1,4 +1,4 @@
-"""Aligned tensors and the task vectors between them, cut into chunks.
+"""Aligned tensors and the task vectors between them, thinned by DARE and cut into chunks.
 
 A result never depends on where a tensor is cut; whatever looks beyond one chunk belongs
 to ``statistics.py``.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+
+from mergekit_pcb.dare import Dare
 
 # Bounds full-precision scratch independently of the size of a tensor, and keeps a chunk's
 # handful of temporaries in the caches of a CPU (1 MiB each in float32).
 CPU_CHUNK_ELEMENTS = 1 << 18
 # torch splits an elementwise operation into pieces of 2^15 elements, one thread each.
-CPU_CHUNK_ELEMENTS_PER_THREAD = 1 << 15
+CPU_THREADS_PER_CHUNK = 8
 # Large enough to keep an accelerator busy and to make the waits for it rare (64 MiB each).
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 # A chunk's task vectors are needed twice, for their sum and for themselves. So many are
@@ -29,17 +31,23 @@ class Aligned:
     """One tensor of the base model and of every task, flattened: same length, same device.
 
     Built by :meth:`of`; contiguous tensors are borrowed, never copied and never written to.
+    ``dare`` says what is done to each task vector (``None``: nothing), before anything else.
     """
 
     name: str
     base: torch.Tensor
     tasks: tuple[torch.Tensor, ...]
+    dare: tuple[Dare | None, ...]
 
     @classmethod
     def of(cls, name: str, base: torch.Tensor, tasks: Sequence[torch.Tensor]) -> Aligned:
         """Flatten tensors of one shape in row-major order, outside of autograd."""
         flat = [tensor.detach().reshape(-1) for tensor in (base, *tasks)]
-        return cls(name, flat[0], tuple(flat[1:]))
+        return cls(name, flat[0], tuple(flat[1:]), (None,) * len(tasks))
+
+    def under(self, dare: tuple[Dare | None, ...]) -> Aligned:
+        """The same tensors with task vectors thinned by DARE."""
+        return replace(self, dare=dare)
 
     def __len__(self) -> int:
         return self.base.numel()
@@ -48,26 +56,22 @@ class Aligned:
         """Walk over all elements in order, with arithmetic in the precision of ``scratch``."""
         step = chunk_elements(self.base.device)
         for start in range(0, len(self), step):
-            yield self._part(slice(start, start + step), scratch)
-
-    def every(self, step: int, first: int, scratch: Scratch) -> Chunk:
-        """Every ``step``-th element from ``first`` on, as one chunk."""
-        return self._part(slice(first, None, step), scratch)
-
-    def _part(self, part: slice, scratch: Scratch) -> Chunk:
-        base = self.base[part]
-        if base.dtype != scratch.dtype:
-            base = scratch("base", base).copy_(base)
-        return Chunk(base, tuple(task[part] for task in self.tasks), scratch)
+            base = self.base[start : start + step]
+            if base.dtype != scratch.dtype:
+                base = scratch("base", base).copy_(base)
+            tasks = tuple(task[start : start + step] for task in self.tasks)
+            yield Chunk(self, start, base, tasks, scratch)
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Some elements of an aligned tensor, valid until the next chunk of the same scratch.
 
-    ``base`` is in working precision, ``tasks`` are as given.
+    They are those from ``start`` on; ``base`` is in working precision, ``tasks`` are as given.
     """
 
+    aligned: Aligned
+    start: int
     base: torch.Tensor
     tasks: tuple[torch.Tensor, ...]
     scratch: Scratch
@@ -77,7 +81,8 @@ class Chunk:
         """τ of one task in working precision: borrowed, and only until the next one is asked for.
 
         Both operands are widened before the subtraction: in bfloat16 the difference itself
-        would be rounded (7–12 % of the merged delta's norm).
+        would be rounded (7–12 % of the merged delta's norm). Whatever a caller keeps in the
+        buffers of :meth:`Scratch.passing` is lost.
         """
         if index >= HELD_TASK_VECTORS:
             return self._subtract(index, self.scratch("task vector", self.base))
@@ -88,7 +93,12 @@ class Chunk:
         return tau
 
     def _subtract(self, index: int, out: torch.Tensor) -> torch.Tensor:
-        return out.copy_(self.tasks[index]).sub_(self.base)
+        tau = out.copy_(self.tasks[index]).sub_(self.base)
+        mask = self.aligned.dare[index]
+        if mask is None:
+            return tau
+        passing = self.scratch.passing(tau)
+        return mask.apply_(tau, self.aligned.name, self.start, passing)
 
     def total(self) -> torch.Tensor:
         """The sum of all task vectors, added in configuration order."""
@@ -130,6 +140,10 @@ class Scratch:
             self._buffers[key] = buffer
         return buffer[:size]
 
+    def passing(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two buffers that any step may use, and none may rely on after it."""
+        return self("first", like), self("second", like)
+
 
 _thread = threading.local()
 
@@ -137,7 +151,7 @@ _thread = threading.local()
 def chunk_elements(device: torch.device) -> int:
     if device.type != "cpu":
         return ACCELERATOR_CHUNK_ELEMENTS
-    return max(CPU_CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS_PER_THREAD * torch.get_num_threads())
+    return CPU_CHUNK_ELEMENTS * -(-torch.get_num_threads() // CPU_THREADS_PER_CHUNK)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

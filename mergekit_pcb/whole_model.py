@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from mergekit_pcb import checkpoints, document
+from mergekit_pcb import checkpoints, dare, document
 from mergekit_pcb.document import Document
 from mergekit_pcb.errors import PCBError, PlanError
 from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, Statistics, measure
@@ -32,9 +32,13 @@ TENSOR, MODEL = "tensor", "model"
 
 def recipe_of(task: ExecuteMergeMethodTask) -> Recipe:
     """What determines the statistics, from the parameters of a planned task."""
-    models = [model for model in task.model_order if model != task.base_model]
-    densities = tuple(task.input_parameters[model]["density"] for model in models)
-    return Recipe(densities, task.parameters["clip"])
+    chosen = [task.input_parameters[m] for m in task.model_order if m != task.base_model]
+    densities = [values["dare_density"] for values in chosen]
+    return Recipe(
+        tuple(values["density"] for values in chosen),
+        task.parameters["clip"],
+        dare.plan(densities, task.parameters["seed"], range(len(densities))),
+    )
 
 
 def check(plan: Plan, task: ExecuteMergeMethodTask) -> None:
@@ -66,6 +70,8 @@ def check(plan: Plan, task: ExecuteMergeMethodTask) -> None:
     ours, theirs = recipe_of(task), recipe_of(first)
     if ours != theirs:
         what = "density" if ours.densities != theirs.densities else "clip"
+        if ours.dare != theirs.dare:
+            what = "dare_density or seed"
         raise PlanError(
             f"use scope: model with several values of {what}",
             f"all tensors are ranked together, but {name} asks for another value than "

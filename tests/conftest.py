@@ -16,7 +16,7 @@ def pieces(size):
     with pytest.MonkeyPatch.context() as patch:
         if size is not None:
             patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS", size)
-            patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS_PER_THREAD", 1)
+            patch.setattr(task_vectors, "CPU_THREADS_PER_CHUNK", 1024)
             for module in (ranks, statistics):
                 patch.setattr(module, "POOL_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)

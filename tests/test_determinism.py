@@ -43,7 +43,18 @@ def test_bits_do_not_depend_on_chunks_or_threads(dtype):
 
 
 @pytest.mark.parametrize(
-    "guess", ["sampled", (None, None), (1e30, 2e30), (-2.0, -1.0), (None, -1e-9), (0.0, 0.0)]
+    "guess",
+    [
+        "sampled",
+        {},
+        {"low": 1e30, "high": 2e30},
+        {"low": -2.0, "high": -1.0},
+        {"high": -1e-9},
+        {"low": 0.0, "high": 0.0},
+        {"low": 0.0, "tied": True},
+        {"low": 0.0, "high": 1e-40, "tied": True},
+        {"low": 1e30, "high": 2e30, "tied": True},
+    ],
 )
 def test_a_guess_never_changes_the_bits(guess):
     tensors = models(3, (1000, 300), dtype=torch.float32)
@@ -54,7 +65,7 @@ def test_a_guess_never_changes_the_bits(guess):
         patch.setattr(ranks, "LARGEST_POOL", 20_000)
         patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS", 50_000)
         if guess != "sampled":
-            patch.setattr(statistics._Sample, "fences", lambda *_: guess)
+            patch.setattr(statistics._Sample, "guess", lambda *_: guess)
         assert torch.equal(merge(tensors, density=0.2), kept)
 
 
@@ -68,7 +79,9 @@ def test_the_sample_spares_a_third_walk(monkeypatch):
         walks.append("walk")
         return [aligned]
 
-    statistics.measure(walk, len(aligned), statistics.Recipe((0.2,) * 3, 1e-4), torch.float32)
+    statistics.measure(
+        walk, len(aligned), statistics.Recipe((0.2,) * 3, 1e-4, (None,) * 3), torch.float32
+    )
     assert len(walks) == 2
 
 

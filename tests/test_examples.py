@@ -6,17 +6,24 @@ import pytest
 import torch
 from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import ROOT
+from reference import dare_factors
 from reference import pcb as reference
 from test_whole_model import whole_reference
 
 EXAMPLES = sorted((ROOT / "examples" / "yaml").glob("*.yml"))
 WEIGHTS = {
-    "first-merge": lambda _: {},
-    "per-model": lambda _: {"weight": [1.3, 0.8, 1.0], "density": [0.1, 0.2, 0.1], "lam": 1.2},
+    "first-merge": lambda *_: {},
+    "per-model": lambda *_: {"weight": [1.3, 0.8, 1.0], "density": [0.1, 0.2, 0.1], "lam": 1.2},
     "whole-model": None,
-    "gradient-and-filter": lambda name: {
+    "gradient-and-filter": lambda name, _: {
         "weight": gradient(name),
         "density": 0.2 if "mlp" in name else 0.1,
+    },
+    "dare": lambda name, count: {
+        "density": 0.05,
+        "dare": torch.stack(
+            [dare_factors(0, task, name, count, kept) for task, kept in enumerate([0.2, 0.2, 0.4])]
+        ),
     },
 }
 
@@ -59,7 +66,7 @@ def test_example(workplace, example, monkeypatch):
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
         rows = [state[name].float() for state in (base, *tasks)]
-        expected = reference(rows[0], rows[1:], **WEIGHTS[example.stem](name))
+        expected = reference(rows[0], rows[1:], **WEIGHTS[example.stem](name, tensor.numel()))
         assert (tensor != expected.bfloat16()).double().mean() < 2e-3, name
 
 

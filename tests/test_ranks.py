@@ -10,9 +10,9 @@ from mergekit_pcb import ranks
 from mergekit_pcb.ranks import OrderStatistic
 
 
-def settled(values, rank, *, piece=7, guess=(None, None)):
+def settled(values, rank, *, piece=7, guess=(None, None), tied=False):
     """Stream the values until the statistic settles; returns it and the number of sweeps."""
-    statistic = OrderStatistic(rank, values.numel(), *guess)
+    statistic = OrderStatistic(rank, values.numel(), *guess, tied=tied)
     for sweep in range(1, 20):  # 64 bits at the 5 bits a sweep of 64 cells, and a bad guess
         for part in values.split(piece):
             statistic.push(part)
@@ -72,15 +72,17 @@ def test_equals_sorting_with_the_code_for_accelerators(name, pool, monkeypatch):
 
 @pytest.mark.parametrize("low", [None, -9.0, -0.5, 0.0, 0.1, 0.9, 9.0])
 @pytest.mark.parametrize("high", [None, -8.0, 0.0, 0.2, 0.9, 9.5])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pool", [None, 5])
-def test_a_bad_guess_costs_sweeps_but_not_exactness(low, high, pool):
+def test_a_bad_guess_costs_sweeps_but_not_exactness(low, high, tied, pool):
     if low is not None and high is not None and low > high:
         low, high = high, low
     values = (distributions(torch.float32)["normal"] * 8).round() / 8
     ordered = values.sort().values
     with pieces(pool):
         for rank in (0, 17, 2000, 2400, 4000):
-            assert settled(values, rank, piece=97, guess=(low, high))[0] == ordered[rank]
+            found = settled(values, rank, piece=97, guess=(low, high), tied=tied)
+            assert found[0] == ordered[rank]
 
 
 def test_a_tail_takes_one_sweep_and_little_memory():
@@ -138,7 +140,20 @@ def test_equals_sorting_for_any_floats(numbers, data):
     if None not in guess:
         guess = min(guess), max(guess)
     with pieces(data.draw(st.sampled_from([None, 1, 3]))):
-        assert settled(values, rank, piece=piece, guess=guess)[0] == values.sort().values[rank]
+        found = settled(values, rank, piece=piece, guess=guess, tied=data.draw(st.booleans()))
+        assert found[0] == values.sort().values[rank]
+
+
+@pytest.mark.parametrize("array", ["numpy", "torch"])
+def test_a_tie_that_was_foreseen_takes_one_sweep_and_no_memory(array, monkeypatch):
+    if array == "torch":
+        monkeypatch.setattr(ranks, "_array", lambda values: values)
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    values[::2] = 0.0
+    values[::4] = -0.0
+    with pieces(5):
+        answer, sweeps = settled(values, 2000, piece=97, guess=(0.0, 1e-40), tied=True)
+    assert (answer, sweeps) == (0.0, 1)
 
 
 def test_a_rank_beyond_the_stream_is_refused():

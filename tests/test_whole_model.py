@@ -248,7 +248,7 @@ def test_of_many_threads_one_measures_and_the_others_wait(monkeypatch):
     checkpoints.begin()
     checkpoints.record(task)
 
-    statistics = Statistics((Balance(0.0, 1.0),), torch.float32, 1)
+    statistics = Statistics((Balance(0.0, 1.0),), (None,), torch.float32, 1)
 
     def measure_plan(*_, **__):
         measuring.append(threading.get_ident())

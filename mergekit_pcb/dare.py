@@ -1,0 +1,128 @@
+"""DARE's drop mask as a pure function of seed, task, tensor and element; knows nothing of PCB.
+
+Source: Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099: drop elements of
+a task vector at random and divide the others by the share that is kept. Departure: the
+random numbers come from a hash, not from a generator with a state, so an element's fate
+depends neither on what was computed before it nor on where a tensor is cut.
+
+The hash of an element is ``(A + K t)²`` in 32 bits. ``t`` is a well mixed odd number that
+belongs to the element's place within its block of 2^18; the even ``A`` and the odd ``K`` are
+drawn from a cryptographic hash of seed, task, tensor and block. Squares of odd numbers
+are 1 modulo 8, so the upper 29 bits are what is random. All of it is exact in integers, so
+it is the same on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 18
+#: Densities are drawn to this precision; below it nothing would ever be kept.
+SMALLEST_DENSITY = 2.0**-29
+
+
+@dataclass(frozen=True)
+class Dare:
+    """Drop and rescale one task's vector: keep an element with probability ``density``.
+
+    ``task`` is the position of the task in the configuration, from 0, not counting the base:
+    a path would give the same configuration other masks on another machine.
+    """
+
+    density: float
+    seed: int
+    task: int
+
+    def apply_(
+        self,
+        tau: torch.Tensor,
+        tensor: str,
+        start: int,
+        scratch: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Drop elements of a task vector in place and divide the others by ``density``.
+
+        ``tau`` holds the elements from ``start`` on of the flattened tensor of that name; the
+        contents of ``scratch``, contiguous and like ``tau``, are lost. NaN and infinity become
+        NaN even where dropped, so that no mask hides a broken checkpoint.
+        """
+        kept, hashes = scratch[0], scratch[1].view(torch.int32)
+        places = _places(tau.device)
+        for block, blocks, place, part in _spans(start, len(tau)):
+            addends, factors = _keys(self.seed, self.task, tensor, block, blocks, tau.device)
+            table = hashes[part].view(blocks, -1)
+            torch.mul(places[place], factors, out=table).add_(addends)
+            torch.mul(table, table, out=table)
+        kept.copy_(hashes[: len(tau)].le_(self._largest))
+        return torch.addcmul(tau.new_zeros(()), tau, kept, value=1 / self.density, out=tau)
+
+    @property
+    def _largest(self) -> int:
+        """The largest hash, as a signed 32-bit integer, of an element that is kept."""
+        return -(2**31) + 8 * round(self.density * 2**29) - 1
+
+
+def key(seed: int, task: int, tensor: str, block: int) -> tuple[int, int]:
+    """``A`` and ``K`` of a block, as signed 32-bit integers.
+
+    The name stands last in what is hashed, so no two lists of arguments read the same.
+    """
+    text = f"{seed} {task} {block} {tensor}".encode()
+    digest = hashlib.blake2b(text, digest_size=8, person=b"mergekit-pcb").digest()
+    addend, factor = (int.from_bytes(d, "little", signed=True) for d in (digest[:4], digest[4:]))
+    return addend & ~1, factor | 1
+
+
+@lru_cache(maxsize=4096)  # a tensor is walked over three times
+def _keys(
+    seed: int, task: int, tensor: str, first: int, blocks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A`` and ``K`` of consecutive blocks, as columns."""
+    pairs = [key(seed, task, tensor, block) for block in range(first, first + blocks)]
+    columns = torch.tensor(pairs, dtype=torch.int32, device=device)
+    return columns[:, :1], columns[:, 1:]
+
+
+def plan(densities: Sequence[float], seed: int, tasks: Sequence[int]) -> tuple[Dare | None, ...]:
+    """What is done to each of the tasks at these positions; nothing at density 1."""
+    return tuple(
+        Dare(density, seed, task) if density < 1 else None
+        for density, task in zip(densities, tasks, strict=True)
+    )
+
+
+@lru_cache(maxsize=16)
+def _places(device: torch.device) -> torch.Tensor:
+    """``t`` for each place in a block: all different, and odd.
+
+    Every step is one-to-one on 31 bits (multiplying by an odd number, and by shifting to the
+    right and adding without carry).
+    """
+    t = torch.arange(BLOCK_ELEMENTS).mul_(0x1E3779B1).add_(0x3C6EF372)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        t &= 0x7FFFFFFF
+        t ^= t >> shift
+        t *= factor
+    t &= 0x7FFFFFFF
+    t ^= t >> 15
+    return t.mul_(2).add_(1).to(torch.int32).to(device)
+
+
+def _spans(start: int, count: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """Cut elements from ``start`` on into runs of whole blocks and parts of one.
+
+    Yields a run's first block and number of blocks, and where it lies in each of its blocks
+    and among the elements.
+    """
+    done = 0
+    while done < count:
+        block, place = divmod(start + done, BLOCK_ELEMENTS)
+        blocks = max(1, (count - done) // BLOCK_ELEMENTS) if place == 0 else 1
+        size = min(blocks * BLOCK_ELEMENTS - place, count - done)
+        yield block, blocks, slice(place, place + size // blocks), slice(done, done + size)
+        done += size

@@ -1,0 +1,391 @@
+"""DARE before PCB: the mask as plain integers define it, and merges under it."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
+from conftest import pieces
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from reference import dare_factors, kept_by_dare
+from reference import pcb as reference
+from safetensors.torch import save_file
+from test_bad_input import refused, unreadable  # noqa: F401 - a fixture
+from test_whole_model import assert_equal_states, whole_reference
+
+from mergekit_pcb import dare
+from mergekit_pcb.dare import BLOCK_ELEMENTS, Dare
+
+MANY = 1 << 20
+
+
+def models(n=3, shape=(37, 11), *, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator, dtype=torch.float64)
+    rest = [base + 1e-2 * torch.randn(shape, generator=generator).double() for _ in range(n)]
+    return [tensor.to(dtype) for tensor in (base, *rest)]
+
+
+def in_memory(given, **parameters):
+    return merge_tensors(given, "pcb", base_index=0, parameters=parameters, name="x")
+
+
+def thinned(tau, density, *, seed=0, task=0, tensor="w", start=0):
+    buffers = torch.empty_like(tau), torch.empty_like(tau)
+    return Dare(density, seed, task).apply_(tau.clone(), tensor, start, buffers)
+
+
+def mask(count=MANY, density=0.5, **key):
+    return thinned(torch.ones(count), density, **key) != 0
+
+
+def standardised(density, **key):
+    """A mask with mean 0 and variance 1, if it is what it should be."""
+    return (mask(density=density, **key).double() - density) / math.sqrt(density * (1 - density))
+
+
+# --- The mask -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [2**-29, 0.01, 0.3, 0.5, 0.999])
+def test_the_mask_is_what_plain_integers_say(dtype, density):
+    key = {"seed": 7, "task": 2, "tensor": "model.layers.0.mlp.down_proj.weight"}
+    tau = torch.linspace(-3, 4, 997, dtype=dtype)
+    for start in (0, 5, BLOCK_ELEMENTS - 500, 2**32 - 500, 2**40 + 3):
+        expected = [
+            kept_by_dare(index=start + place, density=density, **key) for place in range(len(tau))
+        ]
+        result = thinned(tau, density, start=start, **key)
+        assert torch.equal(result != 0, torch.tensor(expected))
+        kept = torch.tensor(expected)
+        assert torch.allclose(result[kept], tau[kept] / density, rtol=4e-7, atol=0)
+
+
+def test_whole_blocks_at_once_are_the_same_mask():
+    """Accelerators take many blocks in one operation."""
+    start, count = 3 * BLOCK_ELEMENTS - 70, 2 * BLOCK_ELEMENTS + 100
+    whole = mask(count, 0.3, start=start)
+    for place in [*range(140), *random.Random(0).sample(range(count), 3000), count - 1]:
+        kept = kept_by_dare(0, 0, "w", start + place, 0.3)
+        assert bool(whole[place]) == kept
+    for size in (BLOCK_ELEMENTS // 2 + 1, BLOCK_ELEMENTS):
+        parts = [mask(min(size, count - i), 0.3, start=start + i) for i in range(0, count, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_every_element_of_a_block_has_a_number_of_its_own():
+    places = dare._places(torch.device("cpu"))
+    assert len(places.unique()) == BLOCK_ELEMENTS
+    assert (places % 2 == 1).all()
+
+
+def test_names_and_numbers_that_read_alike_differ():
+    keys = {dare.key(*k) for k in [(1, 1, "w", 1), (11, 1, "w", 1), (1, 11, "w", 1)]}
+    keys |= {dare.key(*k) for k in [(1, 1, "1 w", 1), (1, 1, "w", 11), (-1, 1, "w", 1)]}
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 0.9])
+def test_share_and_moments(density):
+    """Kept share, sum and sum of squares of the thinned vector, each at five sigma."""
+    tau = torch.randn(MANY, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for seed in range(20):
+        result = thinned(tau, density, seed=seed)
+        kept = int((result != 0).sum())
+        assert abs(kept - MANY * density) < 5 * math.sqrt(MANY * density * (1 - density))
+        odds = (1 - density) / density
+        off = float(result.sum() - tau.sum())
+        assert abs(off) < 5 * math.sqrt(float((tau**2).sum()) * odds)
+        off = float((result**2).sum() - (tau**2).sum() / density)
+        assert abs(off) < 5 * math.sqrt(float((tau**4).sum()) * odds) / density
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 0.9])
+def test_masks_are_not_correlated(density):
+    """Neighbours, rows of matrices, blocks, tasks, tensors and seeds, each pair at five sigma."""
+    first = standardised(density)
+    sizes = [1, 2, 3, 4, 8, 64, 768, 1024, 4096, 5120, 11008, 65536, BLOCK_ELEMENTS]
+    products = {f"lag {size}": first[size:] * first[:-size] for size in sizes}
+    others = [{"seed": s} for s in (1, 2, 3, -1, 2**64)] + [{"task": t} for t in range(1, 6)]
+    others += [{"tensor": t} for t in ("", "v", "ww", "w.weight")]
+    rest = [standardised(density, **other) for other in others]
+    for i, one in enumerate([first, *rest]):
+        for j, two in enumerate(rest[i:], i):
+            products[f"{i} and {j}"] = one * two
+            products[f"{i} and the neighbours of {j}"] = one[1:] * two[:-1]
+    assert len(products) > 200
+    for what, product in products.items():
+        assert abs(float(product.sum())) < 5 * math.sqrt(len(product)), what
+
+
+@pytest.mark.parametrize("width", [256, 1000, 4096, BLOCK_ELEMENTS])
+def test_no_row_or_column_of_a_matrix_is_favoured(width):
+    """Chi-square of the kept elements per row and per column, at five sigma."""
+    rows = standardised(0.2)[: MANY // width * width].view(-1, width)
+    for sums in (rows.sum(1) / math.sqrt(width), rows.sum(0) / math.sqrt(len(rows))):
+        off = float((sums**2).sum() - len(sums))
+        assert abs(off) < 5 * math.sqrt(2 * len(sums))
+
+
+def test_patterns_of_eight_neighbours_are_as_frequent_as_they_should_be():
+    density = 0.3
+    patterns = (mask(density=density).view(-1, 8).long() << torch.arange(8)).sum(1)
+    found = torch.bincount(patterns, minlength=256).double()
+    ones = torch.tensor([pattern.bit_count() for pattern in range(256)])
+    due = MANY / 8 * density**ones * (1 - density) ** (8 - ones)
+    often = due > 5
+    chi = float(((found - due) ** 2 / due)[often].sum())
+    freedom = int(often.sum()) - 1
+    assert abs(chi - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_what_is_broken_is_not_hidden():
+    tau = torch.full((1000,), float("nan"))
+    assert thinned(tau, 0.1).isnan().all()
+    assert thinned(torch.full((1000,), float("inf")), 0.1).abs().amax().isnan()
+
+
+# --- Merging under it ---------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_equals_the_reference_with_the_same_mask(n, density):
+    given = models(n)
+    chosen = [(0.2, 0.5, 1.0)[task % 3] for task in range(n)]
+    merged = in_memory(given, dare_density=chosen, density=density, seed=5)
+    factors = [dare_factors(5, task, "x", 37 * 11, share) for task, share in enumerate(chosen)]
+    expected = reference(given[0], given[1:], density=density, dare=torch.stack(factors))
+    assert (merged - expected).norm() <= 1e-12 * (expected - given[0]).norm()
+    assert not torch.equal(merged, in_memory(given, density=density))
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_density_one_is_no_dare_to_the_bit(dtype):
+    given = models(dtype=dtype)
+    assert torch.equal(in_memory(given, dare_density=1.0, seed=9), in_memory(given))
+
+
+def test_only_kept_elements_change():
+    given = models()
+    merged = in_memory(given, dare_density=0.1, density=0.5)
+    kept = sum(dare_factors(0, task, "x", 37 * 11, 0.1) for task in range(3)) > 0
+    assert torch.equal((merged != given[0]).view(-1) & ~kept, torch.zeros(37 * 11).bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_chunks_or_threads(dtype):
+    given = models(shape=(1000, 311), dtype=dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for size, count in [(None, 1), (None, 2), (None, 20), (1000, 2), (77_777, 1)]:
+            torch.set_num_threads(count)
+            with pieces(size):
+                results.append(in_memory(given, dare_density=0.3, density=0.2, seed=1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_the_global_generator_is_neither_read_nor_advanced():
+    given, results = models(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state()
+        results.append(in_memory(given, dare_density=0.3))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*results)
+
+
+def test_rescaling_beyond_the_range_of_float32_is_exact():
+    given = [tensor * 1e33 for tensor in models(dtype=torch.float64)]
+    single = [tensor.float() for tensor in given]
+    merged = in_memory(single, dare_density=1e-3, density=0.5, **{"lambda": 1e-3})
+    factors = torch.stack([dare_factors(0, task, "x", 37 * 11, 1e-3) for task in range(3)])
+    expected = reference(single[0], single[1:], density=0.5, lam=1e-3, dare=factors)
+    assert torch.allclose(merged.double(), expected, rtol=1e-6)
+
+
+def test_a_tensor_some_models_lack_has_the_mask_of_their_position(tmp_path, family):
+    states = [tensors(path) for path in family]
+    del states[1]["lm_head.weight"]
+    files = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b", "c")]
+    for file, state in zip(files, states, strict=True):
+        save_file(state, file)
+    config = configuration(files, parameters={"dare_density": 0.5, "density": 0.2})
+    out, _ = merge(tmp_path, config, "--tensor-union", command="mergekit-pytorch")
+    head = [state["lm_head.weight"] for state in states if "lm_head.weight" in state]
+    factors = [dare_factors(0, task, "lm_head.weight", head[0].numel(), 0.5) for task in (1, 2)]
+    expected = reference(head[0], head[1:], density=0.2, dare=torch.stack(factors))
+    found = tensors(out)["lm_head.weight"]
+    assert_equal_states({"": found}, {"": expected}, {"": head[0]})
+
+
+# --- Through the commands -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_files_are_identical_to_the_byte_whatever_runs_them(tmp_path, scope):
+    """Hash seeds, threads, shards, orders, generators and commands."""
+    parameters = {"dare_density": 0.4, "density": 0.2, "seed": 3, "scope": scope}
+    contents, bytes_written = [], []
+    for index, (shard_size, hash_seed, threads) in enumerate(
+        [("60KB", "0", "1"), ("200KB", "1", "2"), ("10GB", "random", "3")]
+    ):
+        place = tmp_path / f"yaml{index}"
+        paths = save_family(place / "models", tiny_llama(), shard_size=shard_size)
+        out, _ = merge(
+            place,
+            configuration(paths, parameters=parameters),
+            "--random-seed",
+            str(index),
+            PYTHONHASHSEED=hash_seed,
+            OMP_NUM_THREADS=threads,
+        )
+        contents.append(tensors(out))
+        (written,) = out.glob("*.safetensors")
+        bytes_written.append(written.read_bytes())
+    assert bytes_written[0] == bytes_written[1] == bytes_written[2]
+    files = [tmp_path / f"{path.name}.safetensors" for path in paths]
+    for file, path in zip(files, paths, strict=True):
+        save_file(tensors(path), file)
+    bytes_written.clear()
+    for index, hash_seed in enumerate(("0", "1", "random")):
+        place = tmp_path / f"raw{index}"
+        out, _ = merge(
+            place,
+            configuration(files, parameters=parameters),
+            "--random-seed",
+            str(index),
+            command="mergekit-pytorch",
+            PYTHONHASHSEED=hash_seed,
+            OMP_NUM_THREADS=str(1 + index),
+        )
+        contents.append(tensors(out))
+        (written,) = out.glob("*.safetensors")
+        bytes_written.append(written.read_bytes())
+    assert bytes_written[0] == bytes_written[1] == bytes_written[2]
+    named = {path.name: tensors(path) for path in paths}
+    contents.append(merge_state_dicts(named, "pcb", base="base", parameters=parameters))
+    reversed_names = {n: dict(reversed(state.items())) for n, state in named.items()}
+    contents.append(merge_state_dicts(reversed_names, "pcb", base="base", parameters=parameters))
+    for other in contents[1:]:
+        assert set(other) == set(contents[0])
+        assert all(torch.equal(tensor, other[name]) for name, tensor in contents[0].items())
+
+
+@pytest.mark.parametrize("way", ["merge", "measured before"])
+def test_whole_model_measuring_equals_the_reference_with_the_same_masks(tmp_path, family, way):
+    shares = [0.3, 1.0, 0.6]
+    config = configuration(
+        family,
+        parameters={"scope": "model", "density": 0.15, "seed": 11},
+        per_model=[{"dare_density": share} for share in shares],
+    )
+    if way == "measured before":
+        file, statistics = tmp_path / "c.yml", tmp_path / "statistics.json"
+        file.write_text(json.dumps(config))
+        run("mergekit-pcb", "measure", file, "-o", statistics)
+        config["parameters"]["statistics"] = str(statistics)
+    out, result = merge(tmp_path / "m", config)
+    assert "WARNING" not in result.stderr
+    states = [tensors(path) for path in family]
+    names = sorted(states[0])
+    factors = [
+        torch.cat([dare_factors(11, task, n, states[0][n].numel(), share) for n in names])
+        for task, share in enumerate(shares)
+    ]
+    expected = whole_reference(states, density=0.15, dare=torch.stack(factors))
+    assert_equal_states(tensors(out), expected, states[0])
+
+
+def test_statistics_measured_under_another_dare_are_refused(tmp_path, family):
+    config = configuration(family, parameters={"scope": "model", "dare_density": 0.5})
+    file, statistics = tmp_path / "c.yml", tmp_path / "statistics.json"
+    file.write_text(json.dumps(config))
+    run("mergekit-pcb", "measure", file, "-o", statistics)
+    config["parameters"]["statistics"] = str(statistics)
+    for change, complaint in (
+        ({"seed": 1}, "dare_density 0.5, seed 0 for"),
+        ({"dare_density": 0.4}, "the merge asks for dare_density 0.4, seed 0"),
+        ({"dare_density": 1.0}, "the merge asks for no DARE"),
+    ):
+        changed = {**config, "parameters": {**config["parameters"], **change}}
+        assert complaint in refused(tmp_path, changed)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("name", ["dare_density", "seed"])
+def test_whole_model_masks_have_one_recipe(tmp_path, family, name):
+    values = [{"filter": "mlp", "value": 1}, {"value": 0.5 if name == "dare_density" else 0}]
+    parameters = {"scope": "model", "dare_density": 0.5, name: values}
+    sentence = refused(tmp_path, configuration(family, parameters=parameters))
+    assert "several values of dare_density or seed" in sentence
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize(
+    "chosen",
+    [{"dare_density": v} for v in (0, -0.1, 1.1, float("nan"), 1e-12, "half", True, [0.5, 0])]
+    + [{"seed": v} for v in (0.5, "one", True, float("inf"), [1, 2.5])],
+    ids=str,
+)
+def test_values_out_of_range(tmp_path, family, chosen):
+    sentence = refused(tmp_path, configuration(family, parameters=chosen))
+    assert f"use {next(iter(chosen))}: " in sentence
+    assert "write a " in sentence
+
+
+def test_seeds_of_any_size(tmp_path, family):
+    results = []
+    for seed in (2**70, 2**70 + 1, -5):
+        config = configuration(family[:3], parameters={"dare_density": 0.5, "seed": seed})
+        out, _ = merge(tmp_path / str(seed), config)
+        results.append(tensors(out)["lm_head.weight"])
+    assert not torch.equal(results[0], results[1])
+    assert not torch.equal(results[1], results[2])
+
+
+def test_filters_and_gradients(tmp_path, family):
+    layered = [{"filter": "mlp", "value": [0.3, 0.9]}, {"value": 1.0}]
+    config = configuration(family, parameters={"dare_density": layered, "density": 0.2})
+    out, _ = merge(tmp_path, config)
+    states = [tensors(path) for path in family]
+    for name, tensor in tensors(out).items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        share = 0.3 + layer / 3 * 0.6 if "mlp" in name else 1.0
+        rows = [state[name] for state in states]
+        factors = [dare_factors(0, task, name, tensor.numel(), share) for task in range(3)]
+        expected = reference(rows[0], rows[1:], density=0.2, dare=torch.stack(factors))
+        assert_equal_states({name: tensor}, {name: expected}, {name: rows[0]})
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_density_above_dare_density_is_remarked_on_once_a_model(tmp_path, family, scope):
+    parameters = {"dare_density": 0.1, "scope": scope}
+    per_model = [{"density": 0.3}, {"density": 0.1}, {"density": 0.05}]
+    config = configuration(family, parameters=parameters, per_model=per_model)
+    _, result = merge(tmp_path, config)
+    assert result.stderr.count("keeps no more of") == 1
+    assert f"density 0.3 keeps no more of {family[1]} than its dare_density 0.1" in result.stderr
+
+
+def test_a_density_above_dare_density_is_remarked_on_in_memory(caplog):
+    in_memory(models(), dare_density=0.1, density=0.3)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+    in_memory(models(), dare_density=0.3, density=0.3)
+    assert len(caplog.records) == 3
+
+
+def test_a_density_above_dare_density_keeps_no_more():
+    """What the README says of it, up to where elements whose sign loses come in."""
+    given = models(shape=(100, 100))
+    merged = [in_memory(given, dare_density=0.1, density=d) for d in (0.1001, 0.3, 0.9)]
+    assert torch.equal(merged[0], merged[1])
+    assert torch.equal(merged[0], merged[2])
