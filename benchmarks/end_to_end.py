@@ -1,6 +1,6 @@
 """Whole merges by the stock `mergekit-yaml` command: wall time and peak resident memory.
 
-    python -m benchmarks.end_to_end            # 440 M parameters, three tasks, about 15 minutes
+    python -m benchmarks.end_to_end            # 440 M parameters, three tasks, about 20 minutes
     python -m benchmarks.end_to_end --layers 24 --runs 1 --methods "pcb, scope: model"
 
 Makes its checkpoints (3.5 GB) in --directory once and leaves them there.
@@ -24,8 +24,10 @@ OURS = "pcb"
 PARAMETERS: dict[str, dict[str, Any]] = {
     OURS: {"density": 0.2},
     "pcb, scope: model": {"density": 0.2, "scope": "model"},
+    "pcb, DARE": {"density": 0.2, "dare_density": 0.5},
     "task_arithmetic": {"weight": 1.0},
     "ties": {"weight": 1.0, "density": 0.2},
+    "dare_ties": {"weight": 1.0, "density": 0.5},
 }
 TASKS = 3
 

@@ -1,6 +1,6 @@
 """One tensor, three tasks, in memory: time and extra memory against the rivals.
 
-python -m benchmarks.kernel              # 4096 × 8192, five turns, about five minutes
+python -m benchmarks.kernel              # 4096 × 8192, five turns, about seven minutes
 python -m benchmarks.kernel --rows 512   # a quick look
 """
 

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import pathlib
+import re
 import sys
 import threading
 from collections import deque
@@ -136,6 +137,28 @@ class Plan:
         for position, model in enumerate((self.tasks[0].base_model, *self.models)):
             text = text.replace(repr(model), f"model {position}")
         return text
+
+    def left_out(self) -> list[str]:
+        """Tensors of the base that mergekit does not merge, nor any like them.
+
+        "Like" leaves layer numbers aside: slices may leave layers out on purpose. Empty
+        where mergekit fuses a checkpoint's tensors, because only transformers knows which.
+        """
+        if self._is_raw():
+            return []
+        from mergekit.io.tasks import LoaderCache
+
+        base = self.tasks[0].base_model
+        held = LoaderCache().get(base).index.tensor_paths
+        planned = set()
+        for task in self.tasks:
+            load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+            info = load.weight_info[task.base_model]
+            names = [info.name, *(info.aliases or ()), *(info.tied_names or ())]
+            if not info.optional and not any(name in held for name in names):
+                return []
+            planned |= {_kind(name) for name in names}
+        return sorted(name for name in held if _kind(name) not in planned)
 
     def _is_raw(self) -> bool:
         return hasattr(self.tasks[0].gather_tensors, "tensors")
@@ -308,6 +331,10 @@ def is_quiet() -> bool:
                 return bool(options.quiet)
         frame = frame.f_back
     return False
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
 
 
 def _without_cast(load: Any) -> Any:

@@ -112,6 +112,43 @@ def _merge_options(arguments: tuple[str, ...]) -> Any:
 
 
 @main.command()
+@click.argument("adapter", type=click.Path(exists=True, path_type=pathlib.Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    required=True,
+    help="The safetensors file to write.",
+)
+def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
+    """Write the (IA)³ adapter that changes nothing, to merge others against.
+
+    ADAPTER is the folder or the file of weights of any adapter to be merged; the identity
+    has the same tensors, all ones. It is the `base_model` of a merge of adapter files with
+    mergekit-pytorch.
+
+    Example: mergekit-pcb identity-adapter adapters/a -o identity.safetensors
+    """
+    from mergekit_pcb import adapters
+
+    if output.suffix != ".safetensors":
+        raise PCBError(
+            f"write {output}",
+            "mergekit-pytorch tells safetensors files by their name",
+            "let it end in .safetensors",
+        )
+    if output.exists() and output.resolve().parent == _folder(adapter):
+        raise PCBError(f"write {output}", "it may be the adapter itself", "name another file")
+    state = adapters.identity(adapter)
+    adapters.write(state, output)
+    click.echo(f"{output}: {len(state)} tensors, all ones")
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    return path.resolve() if path.is_dir() else path.resolve().parent
+
+
+@main.command()
 @click.argument("directory", type=click.Path(path_type=pathlib.Path))
 @click.option("--base-steps", type=click.IntRange(1), help="Training steps of the base model.")
 @click.option("--expert-steps", type=click.IntRange(1), help="Training steps of each expert.")

@@ -252,6 +252,8 @@ class PCBMerge(GroupMergeMethod):
             for values in parameters:
                 for model, density in values["density"].items():
                     _advise(remarks, model, density, values["dare_density"][model])
+        else:
+            _warn_of_tensors_left_out(task)
         measured = None
         if parameters[0]["scope"] == whole_model.MODEL:
             if task is not None:
@@ -398,6 +400,26 @@ def _look_at_caller(names: dict[str, Any]) -> None:
             _advise(plan.remarks, model, values["density"], values["dare_density"])
     else:
         checkpoints.begin()
+
+
+def _warn_of_tensors_left_out(task: ExecuteMergeMethodTask) -> None:
+    """Say once a merge which tensors mergekit drops in silence (ViT: most of them)."""
+    plan = checkpoints.plan_of(task)
+    if plan is None:
+        return
+    with plan.lock:
+        if "left out" in plan.remarks:
+            return
+        plan.remarks.add("left out")
+    if names := plan.left_out():
+        LOG.warning(
+            "mergekit does not merge %d tensors of %s (%s%s) and leaves them out of the result; "
+            "if they matter, merge the checkpoints' files with mergekit-pytorch instead",
+            len(names),
+            task.base_model,
+            ", ".join(names[:3]),
+            ", …" if len(names) > 3 else "",
+        )
 
 
 def _advise(remarks: set[str], model: Hashable, density: float, dare_density: float) -> None:

@@ -41,7 +41,8 @@ ARROWS = {
         "whole_model",
     },
     "demo": {"errors"},
-    "cli": {"checkpoints", "demo", "errors", "whole_model"},
+    "adapters": {"errors"},
+    "cli": {"adapters", "checkpoints", "demo", "errors", "whole_model"},
 }
 # Rooms that must not know the host, and the one that must import hardly anything at all.
 WITHOUT_MERGEKIT = {

@@ -33,7 +33,7 @@ def assert_equal_states(merged, expected, base, tolerance=1e-5):
     assert set(merged) == set(expected)
     for name, tensor in merged.items():
         delta = (expected[name] - base[name].double()).norm()
-        rounding = torch.finfo(tensor.dtype).eps * base[name].double().norm()
+        rounding = torch.finfo(tensor.dtype).eps * expected[name].double().norm()
         assert (tensor.double() - expected[name]).norm() <= tolerance * delta + rounding, name
 
 

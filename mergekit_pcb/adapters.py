@@ -1,0 +1,110 @@
+"""(IA)³ adapters: the adapter that changes nothing, as the base to merge others against.
+
+An (IA)³ adapter (Liu et al., arXiv 2205.05638) multiplies activations by learned vectors, so
+all ones is the model without it. The paper merges such adapters for T0-3B.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import pickle
+
+import torch
+
+from mergekit_pcb.errors import PCBError
+
+NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+SUFFIX = "ia3_l"
+
+
+def identity(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
+    """All ones in the names, shapes and dtypes of an adapter.
+
+    ``adapter`` is a folder as peft writes it or the file of weights in it. Raises
+    :class:`~mergekit_pcb.errors.PCBError` for what is no (IA)³ adapter.
+    """
+    if adapter.is_dir():
+        file = next((adapter / name for name in NAMES if (adapter / name).exists()), None)
+        if file is None:
+            raise PCBError(
+                f"read {adapter}",
+                f"there is no {' or '.join(NAMES)} in it",
+                "name the folder of an adapter, or its file",
+            )
+    else:
+        file = adapter
+    config = _config(file.parent)
+    kind = config.get("peft_type", "IA3")
+    if kind == "LORA":
+        raise PCBError(
+            f"make an identity for {adapter}",
+            "it is a LoRA adapter: its change is the product of two factors, and merging the "
+            "factors one by one does not merge the products",
+            "merge `base+adapter` with mergekit-yaml and --lora-merge-cache instead",
+        )
+    if kind != "IA3":
+        raise PCBError(
+            f"make an identity for {adapter}", f"it is a {kind} adapter", "name an (IA)³ adapter"
+        )
+    state = _read(file)
+    other = next((name for name in state if not name.endswith(SUFFIX)), None)
+    if other is not None or not state:
+        raise PCBError(
+            f"make an identity for {adapter}",
+            f"{other} in it is no vector of (IA)³" if other else "it holds no tensors",
+            "name an (IA)³ adapter without further trained modules (modules_to_save)",
+        )
+    return {name: torch.ones_like(tensor) for name, tensor in state.items()}
+
+
+def write(state: dict[str, torch.Tensor], file: pathlib.Path) -> None:
+    """Write all of a safetensors file or none of it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(state, unfinished, metadata={"format": "pt"})
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise PCBError(f"write {file}", _reason(error), "name another file") from None
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _config(folder: pathlib.Path) -> dict[str, object]:
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(file: pathlib.Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (
+        OSError,
+        EOFError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise PCBError(
+            f"read {file}", _reason(error), "name an adapter's folder or file of weights"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
