@@ -180,8 +180,7 @@ class Plan:
         """
         if self._extents is None:
             self._extents = {}
-            gathers = [_without_cast(task.gather_tensors) for task in self.tasks]
-            for task, tensors in self._load(gathers, torch.device("cpu")):
+            for task, tensors in self.look():
                 aligned = self._aligned(task, tensors, warn=True)
                 if aligned is not None:
                     held = (aligned.base, *aligned.tasks)
@@ -191,6 +190,13 @@ class Plan:
                         any(tensor.dtype == torch.float64 for tensor in held),
                     )
         return self._extents
+
+    def look(
+        self,
+    ) -> Iterator[tuple[ExecuteMergeMethodTask, Mapping[Hashable, torch.Tensor | None]]]:
+        """Every planned tensor as the inputs hold it, before casts; for shapes and dtypes."""
+        gathers = [_without_cast(task.gather_tensors) for task in self.tasks]
+        return self._load(gathers, torch.device("cpu"))
 
     def _load(
         self, gathers: Sequence[Any], device: torch.device

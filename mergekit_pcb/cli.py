@@ -47,6 +47,41 @@ _host_command("pytorch", "mergekit.scripts.merge_raw_pytorch")
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None:
+    """Look for mistakes in a configuration and say what the merge would do.
+
+    Finds unknown and misplaced parameters, values out of range, inputs that are missing or of
+    different shapes, and settings that lose precision; reads shapes and dtypes, not values.
+    CONFIG is for mergekit-yaml, mergekit-pytorch or mergekit-multi; OPTIONS are mergekit's own.
+    Exits with 1 if there are errors; warnings alone exit with 0.
+
+    Example: mergekit-pcb check pcb.yml
+    """
+    mergekit_pcb.register()
+    from mergekit_pcb import check
+
+    report = check.check(_text_of(config), _merge_options(options))
+    if as_json:
+        click.echo(report.model_dump_json(indent=2))
+    else:
+        for line in check.sentences(report):
+            click.echo(line)
+    if report.errors:
+        raise SystemExit(1)
+
+
+def _text_of(config: pathlib.Path) -> str:
+    try:
+        return config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise PCBError(f"read {config}", reason, "name a YAML file in UTF-8") from None
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
 @click.option(
     "-o",
     "--output",

@@ -391,7 +391,7 @@ def _look_at_caller(names: dict[str, Any]) -> None:
     """
     group = names.get("group")
     if isinstance(group, TensorGroup):
-        _check_shapes(group)
+        check_shapes(group)
     elif (task := checkpoints.planned_task(names)) is not None:
         plan = checkpoints.record(task)
         whole_model.check(plan, task)
@@ -434,7 +434,8 @@ def _advise(remarks: set[str], model: Hashable, density: float, dare_density: fl
         LOG.warning(remark)
 
 
-def _check_shapes(group: TensorGroup) -> None:
+def check_shapes(group: TensorGroup) -> None:
+    """Refuse inputs of different shapes, naming both models; mergekit's own error names none."""
     base = group.base
     for task in group.non_base if base is not None else ():
         if task.tensor.shape != base.tensor.shape:

@@ -154,6 +154,12 @@ def chunk_elements(device: torch.device) -> int:
     return CPU_CHUNK_ELEMENTS * -(-torch.get_num_threads() // CPU_THREADS_PER_CHUNK)
 
 
+def scratch_chunks(tasks: int) -> int:
+    """How many buffers of a chunk's length measuring and merging use at most."""
+    named = 10  # see the names given to Scratch
+    return named + min(tasks, HELD_TASK_VECTORS) + (tasks > HELD_TASK_VECTORS)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of all arithmetic for tensors of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -97,7 +97,7 @@ def of_plan(task: ExecuteMergeMethodTask, device: torch.device) -> Statistics:
         if plan.measured is None:
             path = task.parameters["statistics"]
             if path:
-                plan.measured = _reuse(plan, pathlib.Path(path))
+                plan.measured = reuse(plan, pathlib.Path(path))
             else:
                 plan.measured, _ = _measure_plan(plan, device, quiet=checkpoints.is_quiet())
         found: Statistics = plan.measured
@@ -110,7 +110,8 @@ def walked(task: ExecuteMergeMethodTask, name: str | None) -> bool:
     return plan is not None and name in plan.extents()
 
 
-def _reuse(plan: Plan, path: pathlib.Path) -> Statistics:
+def reuse(plan: Plan, path: pathlib.Path) -> Statistics:
+    """Statistics measured before; refuses those that do not fit the plan."""
     measured = document.read(path)
     obstacle = document.difference(measured, _wanted(plan))
     if obstacle is not None:

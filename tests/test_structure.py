@@ -42,7 +42,8 @@ ARROWS = {
     },
     "demo": {"errors"},
     "adapters": {"errors"},
-    "cli": {"adapters", "checkpoints", "demo", "errors", "whole_model"},
+    "check": {"checkpoints", "errors", "method", "task_vectors", "whole_model"},
+    "cli": {"adapters", "check", "checkpoints", "demo", "errors", "whole_model"},
 }
 # Rooms that must not know the host, and the one that must import hardly anything at all.
 WITHOUT_MERGEKIT = {

@@ -1,0 +1,228 @@
+"""`mergekit-pcb check`: mistakes found before anything is read at length."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from checkpoints import configuration, run, save_family, tensors, tiny_llama
+from click.testing import CliRunner
+from conftest import ROOT
+from families import save
+from safetensors.torch import save_file
+
+from mergekit_pcb import cli
+
+
+def check(tmp_path, config, *options):
+    """Exit status and findings, as (level, where, what), and the outlook."""
+    file = tmp_path / "config.yml"
+    file.write_text(config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False))
+    result = CliRunner().invoke(cli.main, ["check", str(file), "--json", *options])
+    assert result.exit_code in (0, 1), result.output
+    report = json.loads(result.stdout)
+    found = [(f["level"], f["where"], f["what"]) for f in report["findings"]]
+    assert (result.exit_code == 1) == any(level == "error" for level, _, _ in found)
+    assert (report["outlook"] is None) <= (result.exit_code == 1 or "---" in file.read_text())
+    return found, report["outlook"]
+
+
+def errors(tmp_path, config):
+    found, outlook = check(tmp_path, config)
+    assert outlook is None
+    return [f"{where}: {what}" for level, where, what in found if level == "error"]
+
+
+def test_a_sound_configuration(tmp_path, family):
+    config = configuration(family, parameters={"density": 0.2}, dtype="float32")
+    found, outlook = check(tmp_path, {**config, "out_dtype": "bfloat16"})
+    states = [tensors(path) for path in family]
+    size = sum(tensor.nbytes for tensor in states[0].values())
+    assert found == []
+    largest = max(states[0], key=lambda name: (states[0][name].numel(), name == outlook["largest"]))
+    assert outlook.pop("peak_bytes") > 5 * states[0][largest].nbytes
+    assert outlook == {
+        "scope": "tensor",
+        "tasks": 3,
+        "tensors": len(states[0]),
+        "elements": size // 4,
+        "input_bytes": 4 * size,
+        "reads": 1,
+        "output_bytes": size // 2,
+        "largest": largest,
+    }
+
+
+def test_in_words(tmp_path, family):
+    file = tmp_path / "config.yml"
+    config = configuration(family, parameters={"scope": "model"})
+    file.write_text(yaml.safe_dump(config))
+    result = run("mergekit-pcb", "check", file)
+    first, second, third, fourth = result.stdout.splitlines()
+    assert first == "no mistakes found"
+    assert "3 tasks, scope: model" in second
+    assert "of checkpoints 3 times, twice of it to measure; writes " in third
+    assert re.fullmatch(
+        r"the largest tensor, model\.layers\.\d\.mlp.*, takes \d+kB to merge", fourth
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "complaint"),
+    [
+        ("parameters", {"desnity": 0.1}, "parameters: unknown parameter desnity; did you mean den"),
+        ("parameters", {"lamda": 1}, "parameters: unknown parameter lamda; did you mean lambda?"),
+        ("parameters", {"Density": 1}, "unknown parameter Density; did you mean density?"),
+        ("parameters", {"normalize": True}, "unknown parameter normalize; pcb knows density, "),
+        ("parameters", {"density": 1.2}, "parameters.density: cannot use density: 1.2"),
+        ("parameters", {"clip": [{"filter": "mlp", "value": 0.7}]}, "cannot use clip: 0.7"),
+        ("parameters", {"scope": "whole"}, "write tensor or model"),
+        ("model", {"parameters": {"lambda": 2}}, "lambda is ignored here; write it at the top"),
+        ("model", {"parameters": {"seed": 2}}, "seed is ignored here"),
+        ("model", {"parameters": {"weight": [1, "x"]}}, "cannot use weight: 'x'"),
+        ("model", {"weight": 2}, "weight stands beside `parameters:` and is ignored"),
+        ("model", {"paramters": {}}, "mergekit ignores paramters; did you mean parameters?"),
+        ("model", {"parameters": [1]}, "parameters: it is no mapping"),
+        ("top", {"density": 0.2}, "top level: density stands beside `parameters:`"),
+        ("top", {"dtyp": "float32"}, "top level: mergekit ignores dtyp; did you mean dtype?"),
+        ("top", {"merge_method": "ties"}, "ties is not what this command checks"),
+        ("top", {"base_model": "./nowhere"}, "plan: there is no ./nowhere"),
+        (
+            "top",
+            {"base_model": None},
+            "because task vectors are differences from a base model, and none",
+        ),
+        ("top", {"dtype": "float31"}, "dtype: float31 is none; write float32 or bfloat16"),
+        ("top", {"out_dtype": "int8"}, "out_dtype: int8 is none"),
+    ],
+)
+def test_mistakes(tmp_path, family, place, change, complaint):
+    config = configuration(family, parameters={})
+    target = {"top": config, "model": config["models"][1], "parameters": config["parameters"]}
+    target[place].update(change)
+    (found,) = errors(tmp_path, config)
+    assert complaint in found
+    if place == "model":
+        assert f"models[1] ({family[2]})" in found
+
+
+@pytest.mark.parametrize("text", ["a: [", "", "- 1\n- 2", "merge_method: pcb\nmodels: 3"])
+def test_what_is_no_configuration(tmp_path, text):
+    assert errors(tmp_path, text)
+
+
+def test_every_mistake_is_found_at_once(tmp_path, family):
+    config = configuration(family, parameters={"densty": 1, "lambda": "x"}, dtyp="float32")
+    config["models"][0]["wieght"] = 1
+    assert len(errors(tmp_path, config)) == 4
+
+
+def test_slices_are_looked_into(tmp_path, family):
+    sources = [{"model": str(p), "layer_range": [0, 2]} for p in family[:2]]
+    sources[1]["parameters"] = {"wheight": 1}
+    slices = [{"sources": sources, "paramters": {}}]
+    config = {"merge_method": "pcb", "base_model": str(family[0]), "slices": slices}
+    first, second = errors(tmp_path, config)
+    assert first.startswith("slices[0]: mergekit ignores paramters")
+    assert f"slices[0].sources[1] ({family[1]}).parameters: unknown parameter wheight" in second
+
+
+def test_shapes_and_missing_tensors(tmp_path, family):
+    wider = save_family(tmp_path / "wider", tiny_llama(vocabulary=70), tasks=0)[0]
+    found = errors(tmp_path, configuration([*family[:2], wider]))
+    assert len(found) == 2
+    assert f"(64, 32) in {family[0]} but (70, 32) in {wider}" in found[0]
+    shallow = save_family(tmp_path / "shallow", tiny_llama(layers=2), tasks=0)[0]
+    (sentence,) = errors(tmp_path, configuration([*family[:2], shallow]))
+    assert "model.layers.3" in sentence or "layers" in sentence
+
+
+def test_warnings(tmp_path, family):
+    density = [{"filter": "mlp", "value": 0.3}, {"filter": "mlpp", "value": 0.2}, {"value": 0.1}]
+    parameters = {"density": density, "dare_density": 0.2}
+    config = configuration(family, parameters=parameters, dtype="bfloat16")
+    config["models"].append({"model": str(family[0]), "parameters": {"weight": 2}})
+    found, outlook = check(tmp_path, config)
+    assert outlook
+    assert {level for level, _, _ in found} == {"warning"}
+    said = "\n".join(f"{where}: {what}" for _, where, what in found)
+    assert "parameters of the base model do nothing" in said
+    assert "parameters.density: the filter 'mlpp' matches no tensor" in said
+    assert said.count("keeps no more of") == 3
+    assert said.count("bfloat16 rounds the float32 values of") == 1
+    assert "and 3 more before they are subtracted" in said
+
+
+def test_bfloat16_checkpoints_are_not_rounded_by_bfloat16(tmp_path):
+    paths = save_family(tmp_path / "models", tiny_llama(layers=1, dtype=torch.bfloat16), tasks=1)
+    assert check(tmp_path, configuration(paths, dtype="bfloat16"))[0] == []
+
+
+def test_statistics_that_do_not_fit(tmp_path, family):
+    config = configuration(family, parameters={"scope": "model"})
+    file, statistics = tmp_path / "c.yml", tmp_path / "statistics.json"
+    file.write_text(yaml.safe_dump(config))
+    run("mergekit-pcb", "measure", file, "-o", statistics)
+    config["parameters"]["statistics"] = str(statistics)
+    found, outlook = check(tmp_path, config)
+    assert found == []
+    assert outlook["reads"] == 1
+    config["parameters"]["density"] = 0.3
+    (sentence,) = errors(tmp_path, config)
+    assert "was measured with density 0.1" in sentence
+
+
+def test_what_mergekit_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("models", "ViT classifier", ["base", "code", "math"])
+    text = (ROOT / "examples" / "yaml" / "classifiers.yml").read_text()
+    found, outlook = check(tmp_path, text)
+    assert outlook["tensors"] == 8
+    assert any("does not merge 32 of its tensors" in what for _, _, what in found)
+
+
+def test_files_for_mergekit_pytorch(tmp_path, family):
+    states = [tensors(path) for path in family[:3]]
+    for state in states:
+        state["steps"] = torch.tensor([1, 2])
+    files = [tmp_path / f"{index}.safetensors" for index in range(3)]
+    for file, state in zip(files, states, strict=True):
+        save_file(state, file)
+    found, outlook = check(tmp_path, configuration(files))
+    assert found == []
+    assert outlook["tensors"] == len(states[0])
+    states[2]["steps"] = torch.tensor([1, 3])
+    del states[2]["lm_head.weight"]
+    save_file(states[2], files[2])
+    file = tmp_path / "fresh.yml"
+    file.write_text(yaml.safe_dump(configuration(files)))
+    result = run("mergekit-pcb", "check", file, check=False)
+    assert result.returncode == 1
+    assert "error: steps: it holds integers that differ" in result.stdout
+    assert f"warning: tensors: not every model has lm_head.weight ({files[2]})" in result.stdout
+
+
+@pytest.mark.parametrize("example", ["stages", "first-merge", "dare", "whole-model", "ia3"])
+def test_the_examples_texts_are_sound(tmp_path, monkeypatch, example):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "examples" / "yaml" / f"{example}.yml").read_text()
+    found, outlook = check(tmp_path, text)
+    assert outlook is None
+    if example == "stages":
+        assert found == []
+    else:
+        assert all(what.startswith("there is no ./") for _, _, what in found)
+
+
+def test_the_peak_is_about_what_a_merge_takes():
+    from test_determinism import peak_bytes
+    from test_properties import merge, models
+
+    from mergekit_pcb.task_vectors import CPU_CHUNK_ELEMENTS, scratch_chunks
+
+    given = models(3, (1024, 2048), dtype=torch.float32)
+    peak_bytes(lambda: merge(given))
+    needed = peak_bytes(lambda: merge(given)) - given[0].nbytes
+    # The scratch of this thread is warm, so what is left is what ranks hold.
+    assert needed <= scratch_chunks(3) * CPU_CHUNK_ELEMENTS * 4
