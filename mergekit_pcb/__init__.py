@@ -12,13 +12,32 @@ from mergekit_pcb._autoload import install as _install
 if TYPE_CHECKING:
     from typing import Any
 
+    from mergekit_pcb.adaptive import adamerge
     from mergekit_pcb.errors import PCBError
     from mergekit_pcb.method import PCBMerge
+    from mergekit_pcb.search import search_weights
+    from mergekit_pcb.state_dicts import combine, contributions
 
 __version__ = "0.1.0"
-__all__ = ["PCBError", "PCBMerge", "__version__", "register"]
+__all__ = [
+    "PCBError",
+    "PCBMerge",
+    "__version__",
+    "adamerge",
+    "combine",
+    "contributions",
+    "register",
+    "search_weights",
+]
 
-_HOMES = {"PCBError": "mergekit_pcb.errors", "PCBMerge": "mergekit_pcb.method"}
+_HOMES = {
+    "PCBError": "mergekit_pcb.errors",
+    "PCBMerge": "mergekit_pcb.method",
+    "adamerge": "mergekit_pcb.adaptive",
+    "combine": "mergekit_pcb.state_dicts",
+    "contributions": "mergekit_pcb.state_dicts",
+    "search_weights": "mergekit_pcb.search",
+}
 
 
 def __getattr__(name: str) -> Any:

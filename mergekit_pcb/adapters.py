@@ -50,7 +50,7 @@ def identity(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
             f"make an identity for {adapter}", f"it is a {kind} adapter", "name an (IA)³ adapter"
         )
     state = _read(file)
-    other = next((name for name in state if not name.endswith(SUFFIX)), None)
+    other = next((name for name in state if not str(name).endswith(SUFFIX)), None)
     if other is not None or not state:
         raise PCBError(
             f"make an identity for {adapter}",
@@ -91,7 +91,10 @@ def _read(file: pathlib.Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise ValueError("it holds something else than tensors by name")
+        return state
     except (
         OSError,
         EOFError,

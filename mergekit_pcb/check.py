@@ -34,7 +34,7 @@ from pydantic import BaseModel
 
 from mergekit_pcb import checkpoints, whole_model
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.method import PARAMETERS, check_shapes
+from mergekit_pcb.method import PARAMETERS, check_shapes, left_out
 from mergekit_pcb.task_vectors import chunk_elements, scratch_chunks, working_dtype
 
 ERROR: Literal["error"] = "error"
@@ -267,19 +267,15 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
 
 
 def _outlook(report: Report, plan: checkpoints.Plan, document: dict[str, Any]) -> Outlook:
-    for remark in sorted(plan.remarks):
-        report.warn("density", remark)
+    for topic, remark in plan.remarks.items():
+        if remark:
+            report.warn(topic, remark)
     names = [task.output_weight.name for task in plan.tasks]
     for where, part in _all_filters(document):
         if not any(part in name for name in names):
             report.warn(where, f"the filter {part!r} matches no tensor")
-    if left := plan.left_out():
-        more = ", …" if len(left) > 3 else ""
-        report.warn(
-            str(plan.tasks[0].base_model),
-            f"mergekit does not merge {len(left)} of its tensors ({', '.join(left[:3])}{more}); "
-            "merge the checkpoints' files with mergekit-pytorch if they matter",
-        )
+    if remark := left_out(plan):
+        report.warn("plan", remark)
     scope = plan.tasks[0].parameters["scope"]
     path = plan.tasks[0].parameters["statistics"]
     if path:

@@ -42,6 +42,15 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# What old checkpoints hold of causal masks and positions.
+BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "rotary_emb.inv_freq",
+    "position_ids",
+)
 # Plans are small; more than one is alive only where merges feed each other.
 _plans: deque[Plan] = deque(maxlen=64)
 _lock = threading.Lock()
@@ -66,8 +75,8 @@ class Plan:
         self.lock = threading.Lock()
         #: What has been measured of this plan; set and read under ``lock`` by the method.
         self.measured: Any = None
-        #: What the user has been told about this plan already.
-        self.remarks: set[str] = set()
+        #: What the user has been told about this plan already, by topic.
+        self.remarks: dict[str, str] = {}
         self._extents: dict[str, Extent] | None = None
 
     def add(self, task: ExecuteMergeMethodTask) -> None:
@@ -139,16 +148,21 @@ class Plan:
         return text
 
     def left_out(self) -> list[str]:
-        """Tensors of the base that mergekit does not merge, nor any like them.
+        """Tensors of the base that mergekit leaves out of the result.
 
-        "Like" leaves layer numbers aside: slices may leave layers out on purpose. Empty
-        where mergekit fuses a checkpoint's tensors, because only transformers knows which.
+        mergekit-pytorch leaves out what only the base has. In plans of mergekit-yaml layer
+        numbers are left aside, because slices may leave layers out on purpose, and the answer
+        is empty where mergekit fuses tensors, because only transformers knows which. Buffers
+        that models make anew do not count.
         """
+        base: Any = self.tasks[0].base_model
         if self._is_raw():
-            return []
+            from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+            held = SimpleLoaderCache().get(base.model.path).index.tensor_paths
+            return sorted(set(held) - {task.output_weight.name for task in self.tasks})
         from mergekit.io.tasks import LoaderCache
 
-        base = self.tasks[0].base_model
         held = LoaderCache().get(base).index.tensor_paths
         planned = set()
         for task in self.tasks:
@@ -158,7 +172,20 @@ class Plan:
             if not info.optional and not any(name in held for name in names):
                 return []
             planned |= {_kind(name) for name in names}
-        return sorted(name for name in held if _kind(name) not in planned)
+        left = (name for name in held if _kind(name) not in planned)
+        return sorted(name for name in left if not name.endswith(BUFFERS))
+
+    def merged_before(self) -> Iterator[tuple[Hashable, dict[str, Any]]]:
+        """Models that mergekit made, and the configurations it left beside them."""
+        for model in self.models if not self._is_raw() else ():
+            folder: Any = getattr(model, "model", None)
+            file = pathlib.Path(str(getattr(folder, "path", ""))) / "mergekit_config.yml"
+            try:
+                document = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError):
+                continue
+            if isinstance(document, dict):
+                yield model, document
 
     def _is_raw(self) -> bool:
         return hasattr(self.tasks[0].gather_tensors, "tensors")
@@ -278,6 +305,25 @@ def plan_without_merging(configuration: str, options: Any) -> Plan:
             "measure this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
         )
     return plan
+
+
+def run(configuration: str, out: pathlib.Path, options: Any) -> None:
+    """Run a whole merge in this process, as mergekit-yaml or mergekit-pytorch would."""
+    document = yaml.safe_load(configuration)
+    base = document.get("base_model")
+    if isinstance(base, str) and pathlib.Path(base).is_file():
+        from mergekit.graph import Executor
+        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
+
+        config = RawPyTorchMergeConfig.model_validate(document)
+        union, intersection = False, False
+        tasks = plan_flat_merge(config, str(out), union, intersection, options)
+        Executor(tasks, math_device=options.device, storage_device="cpu").execute()
+    else:
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+
+        run_merge(MergeConfiguration.model_validate(document), str(out), options)
 
 
 def _plan_files(document: Any, options: Any) -> None:

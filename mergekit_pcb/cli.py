@@ -72,6 +72,115 @@ def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None
         raise SystemExit(1)
 
 
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@click.option(
+    "--evaluate",
+    "command",
+    required=True,
+    metavar="COMMAND",
+    help="Shell command; {model} is the folder to score, the last number it prints the score.",
+)
+@click.option("--budget", type=click.IntRange(1), default=100, show_default=True, help="Trials.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    required=True,
+    help="Where the best configuration goes.",
+)
+@click.option(
+    "--search",
+    "searched",
+    multiple=True,
+    type=click.Choice(["weight", "lambda", "density"]),
+    default=("weight",),
+    help="What to search; may be given several times. Default: weight.",
+)
+@click.option("--bounds", type=float, nargs=2, default=(0.5, 3.0), help="Of weights: 0.5 3.0.")
+@click.option("--minimize", is_flag=True, help="Lower scores are better.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--timeout", type=float, help="Seconds after which an evaluation has failed.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    help="Folder for log and trials. Default: the output's name with .search.",
+)
+@click.option("--resume", is_flag=True, help="Continue a search that was stopped.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def search(
+    config: pathlib.Path,
+    command: str,
+    budget: int,
+    output: pathlib.Path,
+    searched: tuple[str, ...],
+    bounds: tuple[float, float],
+    minimize: bool,
+    seed: int,
+    timeout: float | None,
+    work: pathlib.Path | None,
+    resume: bool,
+    options: tuple[str, ...],
+) -> None:
+    """Search per-task weights by CMA-ES, the paper's evolution strategy.
+
+    CONFIG is for mergekit-yaml or mergekit-pytorch and where the search starts. Each trial's
+    model is scored by COMMAND; use validation data, never the test set. Trials are logged
+    as JSON lines, --resume continues a search that was stopped, and stock mergekit runs the best
+    configuration. Searching density merges anew for each trial; weights and lambda do not.
+    Needs (n + 2) float32 copies of the model on disk for n tasks. OPTIONS are mergekit's own.
+
+    Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
+    """
+    mergekit_pcb.register()
+    import yaml
+
+    from mergekit_pcb import search
+
+    if "{model}" not in command:
+        raise PCBError(
+            "evaluate", "the command does not name the model", "write {model} where its path goes"
+        )
+    if not bounds[0] < bounds[1]:
+        raise PCBError("search", f"there is nothing between {bounds}", "give LOW HIGH")
+    if not output.resolve().parent.is_dir():
+        raise PCBError(f"write {output}", "its folder does not exist", "name another file")
+    try:
+        document = yaml.safe_load(_text_of(config))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise PCBError(f"read {config}", f"it is not YAML ({reason})", "correct it") from None
+    job = search.Job(
+        document if isinstance(document, dict) else {},
+        command,
+        output,
+        work or output.with_suffix(".search"),
+        tuple(dict.fromkeys(searched)),
+        bounds,
+        budget,
+        seed,
+        minimize,
+        timeout,
+    )
+    try:
+        found = search.run(job, _merge_options(options), resume=resume)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, click.ClickException):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise PCBError(f"merge {config}", reason, "see `mergekit-pcb check`") from None
+    best = found.best
+    if best is None:
+        raise PCBError(
+            "find a best configuration",
+            f"all {len(found.trials)} trials failed, the last because {found.trials[-1].error}",
+            f"try the command by hand (the log is {job.log})",
+        )
+    first = found.trials[0].score
+    began = "failed" if first is None else f"{first:g}"
+    click.echo(f"{output}: score {best.score:g} in trial {best.trial} (the start: {began})")
+
+
 def _text_of(config: pathlib.Path) -> str:
     try:
         return config.read_text(encoding="utf-8")
@@ -172,8 +281,10 @@ def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
             "mergekit-pytorch tells safetensors files by their name",
             "let it end in .safetensors",
         )
-    if output.exists() and output.resolve().parent == _folder(adapter):
-        raise PCBError(f"write {output}", "it may be the adapter itself", "name another file")
+    if output.name in adapters.NAMES and output.resolve().parent == _folder(adapter):
+        raise PCBError(f"write {output}", "it would take the adapter's place", "name another file")
+    if output.resolve() == adapter.resolve():
+        raise PCBError(f"write {output}", "it is the adapter itself", "name another file")
     state = adapters.identity(adapter)
     adapters.write(state, output)
     click.echo(f"{output}: {len(state)} tensors, all ones")

@@ -8,8 +8,9 @@ depends neither on what was computed before it nor on where a tensor is cut.
 The hash of an element is ``(A + K t)²`` in 32 bits. ``t`` is a well mixed odd number that
 belongs to the element's place within its block of 2^18; the even ``A`` and the odd ``K`` are
 drawn from a cryptographic hash of seed, task, tensor and block. Squares of odd numbers
-are 1 modulo 8, so the upper 29 bits are what is random. All of it is exact in integers, so
-it is the same on every device.
+are 1 modulo 8, so the upper 29 bits are what is random. Two places whose ``t`` differed by a
+multiple of 2^29 would be tied together under every key, so the lower 19 bits of ``t`` all
+differ. All of it is exact in integers, so it is the same on every device.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ SMALLEST_DENSITY = 2.0**-29
 class Dare:
     """Drop and rescale one task's vector: keep an element with probability ``density``.
 
-    ``task`` is the position of the task in the configuration, from 0, not counting the base:
-    a path would give the same configuration other masks on another machine.
+    ``task`` is the position of the task in the configuration (or in its slice), from 0, not
+    counting the base: a path would give the same configuration other masks elsewhere.
     """
 
     density: float
@@ -72,7 +73,7 @@ def key(seed: int, task: int, tensor: str, block: int) -> tuple[int, int]:
 
     The name stands last in what is hashed, so no two lists of arguments read the same.
     """
-    text = f"{seed} {task} {block} {tensor}".encode()
+    text = f"{seed} {task} {block} {tensor}".encode(errors="surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8, person=b"mergekit-pcb").digest()
     addend, factor = (int.from_bytes(d, "little", signed=True) for d in (digest[:4], digest[4:]))
     return addend & ~1, factor | 1
@@ -98,19 +99,20 @@ def plan(densities: Sequence[float], seed: int, tasks: Sequence[int]) -> tuple[D
 
 @lru_cache(maxsize=16)
 def _places(device: torch.device) -> torch.Tensor:
-    """``t`` for each place in a block: all different, and odd.
+    """``t`` for each place in a block: 13 mixed bits, 18 that are a mixed permutation, and 1."""
+    place = torch.arange(BLOCK_ELEMENTS)
+    t = 2 * (_mixed(place, 31) * BLOCK_ELEMENTS + _mixed(place, 18)) + 1
+    signed = (t + 2**31 & 0xFFFFFFFF) - 2**31
+    return signed.to(torch.int32).to(device)
 
-    Every step is one-to-one on 31 bits (multiplying by an odd number, and by shifting to the
-    right and adding without carry).
-    """
-    t = torch.arange(BLOCK_ELEMENTS).mul_(0x1E3779B1).add_(0x3C6EF372)
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        t &= 0x7FFFFFFF
-        t ^= t >> shift
-        t *= factor
-    t &= 0x7FFFFFFF
-    t ^= t >> 15
-    return t.mul_(2).add_(1).to(torch.int32).to(device)
+
+def _mixed(place: torch.Tensor, bits: int) -> torch.Tensor:
+    """Mix up numbers of so many bits; every step is one-to-one."""
+    mask, half = 2**bits - 1, (bits + 1) // 2
+    x: torch.Tensor = place * 0x1E3779B1 + 0x3C6EF372 & mask
+    for factor in (0x21F0AAAD, 0x735A2D97):
+        x = (x ^ (x >> half)) * factor & mask
+    return x ^ (x >> half)
 
 
 def _spans(start: int, count: int) -> Iterator[tuple[int, int, slice, slice]]:

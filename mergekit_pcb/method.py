@@ -7,10 +7,11 @@ while mergekit's package of merge methods is half initialised (see ``_autoload.p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb import checkpoints, dare, whole_model
-from mergekit_pcb.combine import merge
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.merging import merge
 from mergekit_pcb.statistics import Recipe, Statistics, check_finite, measure
 from mergekit_pcb.task_vectors import Aligned, working_dtype
 
@@ -62,7 +63,7 @@ class NumberParameter(ParameterSpec):
 
 @dataclass(frozen=True)
 class WholeNumberParameter(ParameterSpec):
-    """A parameter that is a whole number, of any sign and size."""
+    """A parameter that is a whole number of 64 bits with a sign."""
 
     because: str = ""
     remedy: str = "write a whole number such as 0"
@@ -70,7 +71,8 @@ class WholeNumberParameter(ParameterSpec):
     def validate(self, value: Any) -> int:
         try:
             number = int(value)
-            if isinstance(value, bool) or (not isinstance(value, str) and number != value):
+            exact = isinstance(value, str) or number == value
+            if isinstance(value, bool) or not exact or not -(2**63) <= number < 2**63:
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             raise PCBError(f"use {self.name}: {value!r}", self.because, self.remedy) from None
@@ -158,7 +160,7 @@ PARAMETERS = (
         ParameterScope.SHARED,
         default=0,
         description="which elements DARE keeps",
-        because="seed chooses the elements that DARE keeps and has to be a whole number",
+        because="seed chooses the elements that DARE keeps and is a whole number of 64 bits",
     ),
     ChoiceParameter(
         "scope",
@@ -248,7 +250,7 @@ class PCBMerge(GroupMergeMethod):
             return ()
         task = checkpoints.planned_task(checkpoints.caller(2))
         if task is None:
-            remarks: set[str] = set()
+            remarks: dict[str, str] = {}
             for values in parameters:
                 for model, density in values["density"].items():
                     _advise(remarks, model, density, values["dare_density"][model])
@@ -325,6 +327,8 @@ class PCBMerge(GroupMergeMethod):
             else:
                 recipe = _recipe(group, parameters, positions)
                 statistics = measure(lambda: [aligned], len(aligned), recipe, dtype)
+            for observe in _observers:
+                observe(aligned, statistics, positions)
             weights = parameters["weight"].values_for(tasks)
             merged = merge(aligned, statistics, weights, parameters["lambda"])
         return merged.view(base.tensor.shape)
@@ -336,6 +340,20 @@ class _Measured:
 
     statistics: Statistics
     checked: bool  # the tensor at hand was walked over, so it is known to be finite
+
+
+Observer = Callable[[Aligned, Statistics, Sequence[int]], None]
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observed(observe: Observer) -> Iterator[None]:
+    """Show every tensor that is merged meanwhile, its statistics, and its tasks' positions."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
 
 
 def _models_of(task: ExecuteMergeMethodTask) -> list[Hashable]:
@@ -398,6 +416,8 @@ def _look_at_caller(names: dict[str, Any]) -> None:
         for model in _models_of(task):
             values = task.input_parameters[model]
             _advise(plan.remarks, model, values["density"], values["dare_density"])
+            if values["dare_density"] < 1:
+                _advise_on_seed(plan, task.parameters["seed"])
     else:
         checkpoints.begin()
 
@@ -410,28 +430,51 @@ def _warn_of_tensors_left_out(task: ExecuteMergeMethodTask) -> None:
     with plan.lock:
         if "left out" in plan.remarks:
             return
-        plan.remarks.add("left out")
-    if names := plan.left_out():
-        LOG.warning(
-            "mergekit does not merge %d tensors of %s (%s%s) and leaves them out of the result; "
-            "if they matter, merge the checkpoints' files with mergekit-pytorch instead",
-            len(names),
-            task.base_model,
-            ", ".join(names[:3]),
-            ", …" if len(names) > 3 else "",
-        )
-
-
-def _advise(remarks: set[str], model: Hashable, density: float, dare_density: float) -> None:
-    """Warn, once a merge, of a density that cannot mean what it seems to say."""
-    remark = (
-        f"density {density:g} keeps no more of {model} than its dare_density {dare_density:g} "
-        "does: it is a fraction of all elements, those that DARE dropped included; choose one "
-        f"below {dare_density:g} for PCB to drop any more"
-    )
-    if dare_density < 1 and density > dare_density and remark not in remarks:
-        remarks.add(remark)
+        plan.remarks["left out"] = remark = left_out(plan)
+    if remark:
         LOG.warning(remark)
+
+
+def left_out(plan: checkpoints.Plan) -> str:
+    """What to say of the tensors that mergekit leaves out, if there are any."""
+    names = plan.left_out()
+    more = ", …" if len(names) > 3 else ""
+    return (
+        f"mergekit leaves {len(names)} tensors of {plan.tasks[0].base_model} out of the result "
+        f"({', '.join(names[:3])}{more}); if the model needs them, see which command merges it in "
+        "the README of mergekit-pcb"
+        if names
+        else ""
+    )
+
+
+def _advise(remarks: dict[str, str], model: Hashable, density: float, dare_density: float) -> None:
+    """Warn, once a model, of a density that cannot mean what it seems to say."""
+    topic = f"density of {model}"
+    if dare_density < 1 and density > dare_density and topic not in remarks:
+        remarks[topic] = (
+            f"density {density:g} keeps no more of {model} than its dare_density {dare_density:g} "
+            "does: it is a fraction of all elements, those that DARE dropped included; choose "
+            f"one below {dare_density:g} for PCB to drop any more"
+        )
+        LOG.warning(remarks[topic])
+
+
+def _advise_on_seed(plan: checkpoints.Plan, seed: int) -> None:
+    """Warn where a mask was applied before: what it kept once, it keeps again, and no more."""
+    if "seed" in plan.remarks:
+        return
+    plan.remarks["seed"] = ""
+    for model, document in plan.merged_before():
+        earlier = document.get("parameters") or {}
+        drawn = "'dare_density'" in repr(document)
+        if document.get("merge_method") == "pcb" and drawn and earlier.get("seed", 0) == seed:
+            plan.remarks["seed"] = (
+                f"{model} was itself merged under DARE with seed {seed}, so its elements are kept "
+                "and dropped by the same masks again; give each stage a seed of its own"
+            )
+            LOG.warning(plan.remarks["seed"])
+            return
 
 
 def check_shapes(group: TensorGroup) -> None:

@@ -151,7 +151,7 @@ def build(family):
     return FAMILIES[family][0]().eval()
 
 
-def save(directory, family, names, *, shard_size="10GB", size=2e-3):
+def save(directory, family, names, *, shard_size="10GB", size=2e-2):
     """Write a base and models fine-tuned from it under these names; return their folders."""
     model = build(family)
     start = {name: parameter.clone() for name, parameter in model.named_parameters()}

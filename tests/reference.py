@@ -39,13 +39,17 @@ def pcb(base, tasks, *, density=0.1, weight=1.0, lam=1.0, clip=1e-4, dare=None):
     return (base + lam * numerator / divisor.clamp(min=1e-12)).reshape(shape)
 
 
+def mixed(place, bits):
+    x, half = (place * 0x1E3779B1 + 0x3C6EF372) % 2**bits, (bits + 1) // 2
+    for factor in (0x21F0AAAD, 0x735A2D97):
+        x = (x ^ (x >> half)) * factor % 2**bits
+    return x ^ (x >> half)
+
+
 def kept_by_dare(seed, task, tensor, index, density):
     """Whether DARE keeps one element, in plain integers after what dare.py's first lines say."""
     block, place = divmod(index, 2**18)
-    t = (place * 0x1E3779B1 + 0x3C6EF372) % 2**31
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        t = (t ^ (t >> shift)) * factor % 2**31
-    t = 2 * (t ^ (t >> 15)) + 1
+    t = 2 * (mixed(place, 31) * 2**18 + mixed(place, 18)) + 1
     text = f"{seed} {task} {block} {tensor}".encode()
     digest = hashlib.blake2b(text, digest_size=8, person=b"mergekit-pcb").digest()
     a = int.from_bytes(digest[:4], "little") // 2 * 2

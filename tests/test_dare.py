@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
 from conftest import pieces
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
@@ -76,10 +77,14 @@ def test_whole_blocks_at_once_are_the_same_mask():
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_every_element_of_a_block_has_a_number_of_its_own():
-    places = dare._places(torch.device("cpu"))
-    assert len(places.unique()) == BLOCK_ELEMENTS
+def test_no_two_places_of_a_block_are_tied_together():
+    """Their numbers differ in the lower 19 bits, so no key makes their hashes related."""
+    places = dare._places(torch.device("cpu")).long()
+    assert len((places % 2**19).unique()) == BLOCK_ELEMENTS
     assert (places % 2 == 1).all()
+    high = (places % 2**32) >> 19
+    counts = torch.bincount(high, minlength=2**13).double()
+    assert abs(float(((counts - 32) ** 2 / 32).sum()) - 8191) < 5 * math.sqrt(2 * 8191)
 
 
 def test_names_and_numbers_that_read_alike_differ():
@@ -333,7 +338,7 @@ def test_whole_model_masks_have_one_recipe(tmp_path, family, name):
 @pytest.mark.parametrize(
     "chosen",
     [{"dare_density": v} for v in (0, -0.1, 1.1, float("nan"), 1e-12, "half", True, [0.5, 0])]
-    + [{"seed": v} for v in (0.5, "one", True, float("inf"), [1, 2.5])],
+    + [{"seed": v} for v in (0.5, "one", True, float("inf"), [1, 2.5], 2**63)],
     ids=str,
 )
 def test_values_out_of_range(tmp_path, family, chosen):
@@ -342,9 +347,9 @@ def test_values_out_of_range(tmp_path, family, chosen):
     assert "write a " in sentence
 
 
-def test_seeds_of_any_size(tmp_path, family):
+def test_seeds_of_64_bits(tmp_path, family):
     results = []
-    for seed in (2**70, 2**70 + 1, -5):
+    for seed in (2**63 - 1, 2**63 - 2, -(2**63)):
         config = configuration(family[:3], parameters={"dare_density": 0.5, "seed": seed})
         out, _ = merge(tmp_path / str(seed), config)
         results.append(tensors(out)["lm_head.weight"])
@@ -370,10 +375,41 @@ def test_filters_and_gradients(tmp_path, family):
 def test_a_density_above_dare_density_is_remarked_on_once_a_model(tmp_path, family, scope):
     parameters = {"dare_density": 0.1, "scope": scope}
     per_model = [{"density": 0.3}, {"density": 0.1}, {"density": 0.05}]
+    if scope == "tensor":
+        per_model[0]["density"] = [0.3, 0.6]
     config = configuration(family, parameters=parameters, per_model=per_model)
     _, result = merge(tmp_path, config)
     assert result.stderr.count("keeps no more of") == 1
     assert f"density 0.3 keeps no more of {family[1]} than its dare_density 0.1" in result.stderr
+
+
+@pytest.mark.parametrize(("seed", "warned"), [(0, True), (1, False)])
+def test_stages_that_share_a_seed_are_remarked_on(tmp_path, family, seed, warned):
+    """What the first stage kept by a mask, the second would keep by the same mask."""
+    parameters = {"dare_density": 0.3, "density": 0.2}
+    first = {**configuration(family[:3], parameters=parameters), "name": "first"}
+    parameters = {**parameters, "seed": seed}
+    second = configuration([family[0], "first", family[3]], parameters=parameters)
+    file = tmp_path / "multi.yml"
+    file.write_text(yaml.safe_dump_all([first, second]))
+    out, stages = tmp_path / "out", tmp_path / "stages"
+    command = [file, "-I", stages, "--out-path", out, "--no-copy-tokenizer"]
+    result = run("mergekit-multi", *command)
+    said = f"{stages / 'first'} was itself merged under DARE with seed 0"
+    assert result.stderr.count(said) == warned
+    if warned:
+        again = configuration([family[0], stages / "first", family[3]], parameters=parameters)
+        _, result = merge(tmp_path / "by hand", again)
+        assert result.stderr.count(said) == 1
+    else:
+        base, technical, merged = (tensors(p) for p in (family[0], stages / "first", out))
+        names = [name for name in base if "proj" in name]
+        changed = torch.cat([(technical[n] != base[n]).view(-1) for n in names])
+        kept = torch.cat([(merged[n] != base[n]).view(-1) for n in names])
+        other = torch.cat([dare_factors(1, 1, n, base[n].numel(), 0.3) == 0 for n in names])
+        mask = torch.cat([dare_factors(0, 0, n, base[n].numel(), 0.3) > 0 for n in names])
+        inside, outside = (float(kept[changed & other & m].double().mean()) for m in (mask, ~mask))
+        assert abs(inside - outside) < 0.1
 
 
 def test_a_density_above_dare_density_is_remarked_on_in_memory(caplog):

@@ -90,7 +90,7 @@ def test_family(tmp_path, monkeypatch, family, shards):
     options = ["--no-copy-tokenizer"] if command == YAML else []
     result = run(command, file, "merged", *options)
     assert "Warning" not in result.stderr
-    assert "does not merge" not in result.stderr
+    assert "leaves" not in result.stderr
     out = tmp_path / "merged"
     if command == RAW:
         shutil.copy(folders[0] / "config.json", out)
@@ -126,8 +126,31 @@ def test_what_mergekit_leaves_out_is_said(tmp_path, monkeypatch):
     save("models", "ViT classifier", ["base", "code", "math"])
     result = run("mergekit-yaml", EXAMPLES / "classifiers.yml", "merged", "--no-copy-tokenizer")
     assert len(tensors("merged")) == 8
-    assert result.stderr.count("does not merge 32 tensors of ./models/base (vit.encoder.") == 1
-    assert "with mergekit-pytorch instead" in result.stderr
+    assert result.stderr.count("leaves 32 tensors of ./models/base out of the result (vit.en") == 1
+    assert "see which command merges it in the README" in result.stderr
+
+
+def test_buffers_of_old_checkpoints_are_not_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in save("models", "GPT-2", ["base", "code", "math"]):
+        state = tensors(folder)
+        for layer in range(2):
+            state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8)
+            state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    result = run("mergekit-yaml", EXAMPLES / "classifiers.yml", "merged", "--no-copy-tokenizer")
+    assert "leaves" not in result.stderr
+    assert_alive(load("GPT-2", "merged"), "GPT-2", build("GPT-2"))
+
+
+def test_what_only_the_base_has_is_said_under_mergekit_pytorch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = save("models", "ViT classifier", ["base", "code", "math"])
+    extra = {**tensors(folders[0]), "pooler.weight": torch.ones(3)}
+    save_file(extra, folders[0] / "model.safetensors")
+    result = run("mergekit-pytorch", EXAMPLES / "one-file.yml", "merged")
+    assert result.stderr.count("leaves 1 tensors of ./models/base/model.safetensors out") == 1
+    assert "(pooler.weight)" in result.stderr
 
 
 def test_layers_left_out_on_purpose_are_not(tmp_path, monkeypatch):
@@ -138,7 +161,7 @@ def test_layers_left_out_on_purpose_are_not(tmp_path, monkeypatch):
     config = {"merge_method": "pcb", "base_model": names[0], "slices": [{"sources": sources}]}
     pathlib.Path("c.yml").write_text(yaml.safe_dump(config))
     result = run("mergekit-yaml", "c.yml", "merged", "--no-copy-tokenizer")
-    assert "does not merge" not in result.stderr
+    assert "leaves" not in result.stderr
 
 
 def test_every_family_is_tried():
@@ -152,15 +175,16 @@ def readme_table():
 
 
 def test_every_row_of_the_readme_is_tried():
-    files = {file for cell, _ in readme_table() for file in re.findall(r"`([\w-]+)\.yml`", cell)}
+    rows = readme_table()
+    files = {file for cell, _ in rows for file in re.findall(r"`([\w-]+)\.yml`", cell)}
     tried = {example for example, _ in CASES.values()}
     named = set(re.findall(r'EXAMPLES / "([\w-]+)\.yml"', pathlib.Path(__file__).read_text()))
     assert files <= tried | named | {"vocabulary-union", "vocabulary-base"}
-    for cell, command in readme_table():
-        script, file = command.split()[:2]
-        assert file.removesuffix(".yml") in cell
-        for example, used in CASES.values():
-            assert used == script or f"{example}.yml" != file
+    for cell, command in rows:
+        assert command.split()[1].removesuffix(".yml") in cell
+    commands = {command.split()[1]: command.split()[0] for _, command in rows}
+    for example, used in CASES.values():
+        assert commands[f"{example}.yml"] == used
     assert {"Llama", "Mistral", "Qwen3", "GPT-2"} <= {name.split(",")[0] for name in CASES}
 
 
@@ -313,7 +337,10 @@ def test_what_has_no_identity_adapter_is_refused(tmp_path):
     assert "lm_head" in refused_identity(folder, out)
     (folder,) = adapter_folders(tmp_path / "ia3", ia3_config(), names=("code",))
     weights = folder / "adapter_model.safetensors"
-    assert "may be the adapter itself" in refused_identity(folder, weights)
+    assert "take the adapter's place" in refused_identity(folder, weights)
+    renamed = folder / "weights.safetensors"
+    shutil.copy(weights, renamed)
+    assert "it is the adapter itself" in refused_identity(renamed, renamed)
     assert "end in .safetensors" in refused_identity(folder, tmp_path / "out.bin")
     assert "name another file" in refused_identity(folder, tmp_path / "no" / "out.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -322,8 +349,14 @@ def test_what_has_no_identity_adapter_is_refused(tmp_path):
     (folder / "adapter_config.json").unlink()
     weights.write_bytes(b"nonsense")
     assert "cannot read" in refused_identity(folder, out)
-    (folder / "adapter_model.bin").write_bytes(b"nonsense")
-    assert "cannot read" in refused_identity(folder / "adapter_model.bin", out)
+    pickled = folder / "adapter_model.bin"
+    pickled.write_bytes(b"nonsense")
+    assert "cannot read" in refused_identity(pickled, out)
+    for content in ({"a.ia3_l": 3}, torch.ones(2, 2)):
+        torch.save(content, pickled)
+        assert "something else than tensors by name" in refused_identity(pickled, out)
+    torch.save({1: torch.ones(2)}, pickled)
+    assert "1 in it is no vector of (IA)³" in refused_identity(pickled, out)
     assert "there is no adapter_model.safetensors" in refused_identity(tmp_path, out)
     assert not list(tmp_path.glob("*out*"))
 

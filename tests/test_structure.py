@@ -10,7 +10,8 @@ import mergekit_pcb
 PACKAGE = pathlib.Path(mergekit_pcb.__file__).parent
 # Each room and what it may import of this package; nothing else, and no cycles.
 ARROWS = {
-    "__init__": {"_autoload", "errors", "method"},  # the last two only for type checkers
+    # all but the first only for type checkers
+    "__init__": {"_autoload", "adaptive", "errors", "method", "search", "state_dicts"},
     "__main__": {"cli"},
     "_autoload": {"method"},
     "errors": set(),
@@ -19,7 +20,7 @@ ARROWS = {
     "dare": set(),
     "task_vectors": {"dare"},
     "statistics": {"balance", "dare", "ranks", "task_vectors"},
-    "combine": {"balance", "statistics", "task_vectors"},
+    "merging": {"balance", "statistics", "task_vectors"},
     "checkpoints": {"errors", "task_vectors"},
     "document": {"balance", "dare", "errors", "statistics"},
     "whole_model": {
@@ -33,7 +34,7 @@ ARROWS = {
     },
     "method": {
         "checkpoints",
-        "combine",
+        "merging",
         "dare",
         "errors",
         "statistics",
@@ -43,7 +44,26 @@ ARROWS = {
     "demo": {"errors"},
     "adapters": {"errors"},
     "check": {"checkpoints", "errors", "method", "task_vectors", "whole_model"},
-    "cli": {"adapters", "check", "checkpoints", "demo", "errors", "whole_model"},
+    "state_dicts": {
+        "merging",
+        "dare",
+        "errors",
+        "method",
+        "statistics",
+        "task_vectors",
+        "whole_model",
+    },
+    "adaptive": {"errors", "state_dicts"},
+    "search": {
+        "checkpoints",
+        "merging",
+        "errors",
+        "method",
+        "state_dicts",
+        "statistics",
+        "task_vectors",
+    },
+    "cli": {"adapters", "check", "checkpoints", "search", "demo", "errors", "whole_model"},
 }
 # Rooms that must not know the host, and the one that must import hardly anything at all.
 WITHOUT_MERGEKIT = {
@@ -52,7 +72,7 @@ WITHOUT_MERGEKIT = {
     "dare",
     "task_vectors",
     "statistics",
-    "combine",
+    "merging",
     "errors",
     "demo",
 }

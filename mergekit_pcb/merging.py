@@ -1,8 +1,11 @@
-"""The merging walk: measured statistics and coefficients to merged values, chunk by chunk."""
+"""The merging walk: measured statistics and coefficients to merged values, chunk by chunk.
+
+The result is linear in the coefficients; what each of them multiplies is a *contribution*.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -26,7 +29,7 @@ def merge(
     dtype; elements no task weighs keep the base's bits. Raises
     :class:`~mergekit_pcb.statistics.OutOfRangeError` where that dtype cannot hold the result.
     """
-    competing = [task for task, balance in enumerate(statistics.balances) if not balance.silent]
+    competing = _competing(statistics)
     if not competing or scale == 0:
         return aligned.base.clone()
     signed_weights = [-scale * weight for weight in weights]
@@ -49,22 +52,51 @@ def merge(
     return merged
 
 
+def contributions(aligned: Aligned, statistics: Statistics) -> tuple[torch.Tensor, ...]:
+    """``w_i τ̂_i / max(Σ_j w_j, 1e-12)`` of every task: what its ``weight`` multiplies.
+
+    New flat tensors in the precision of ``statistics``. With :func:`merge`'s arguments, the merged
+    tensor is ``b + scale · Σ_i weight_i · contribution_i``.
+    """
+    count, device = len(aligned), aligned.base.device
+    parts = torch.zeros((len(aligned.tasks), count), dtype=statistics.dtype, device=device)
+    competing = _competing(statistics)
+    if competing:
+        chunks = aligned.under(statistics.dare).chunks(Scratch.of_thread(statistics.dtype))
+        for chunk in chunks:
+            own = parts[:, chunk.start : chunk.start + len(chunk.base)]
+            divisor = chunk.scratch("divisor", chunk.base).zero_()
+            for task, share, clamped in _shares(chunk, competing, statistics):
+                divisor.add_(share)
+                torch.mul(share, clamped, out=own[task])
+            own.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
+    return tuple(parts)
+
+
+def _competing(statistics: Statistics) -> list[int]:
+    return [task for task, balance in enumerate(statistics.balances) if not balance.silent]
+
+
 def _delta(
     chunk: Chunk, competing: Sequence[int], statistics: Statistics, weights: Sequence[float]
 ) -> torch.Tensor:
     """The weighted mean of the clamped task vectors of a chunk; never −0.0."""
-    total = chunk.total()
-    buffer = chunk.scratch
-    numerator = buffer("numerator", total).zero_()
-    divisor = buffer("divisor", total).zero_()
+    numerator = chunk.scratch("numerator", chunk.base).zero_()
+    divisor = chunk.scratch("divisor", chunk.base).zero_()
+    for task, share, clamped in _shares(chunk, competing, statistics):
+        divisor.add_(share)
+        numerator.add_(share.mul_(clamped), alpha=weights[task])
+    return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
+
+
+def _shares(
+    chunk: Chunk, competing: Sequence[int], statistics: Statistics
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each task with its weights ``w`` and clamped task vector ``τ̂`` in a chunk, to be used up."""
+    total, buffer = chunk.total(), chunk.scratch
     for task in competing:
         tau, balance = chunk.task_vector(task), statistics.balances[task]
         clamped = magnitude(tau, balance, out=buffer("clamped", tau))
-        scores = buffer("score", tau)
-        scratch = buffer.passing(tau)
+        scores, scratch = buffer("score", tau), buffer.passing(tau)
         score(tau, clamped, total, balance, statistics.tasks, out=scores, scratch=scratch)
-        share = rescale_(scores, balance)
-        divisor.add_(share)
-        merged = signed_(clamped, tau, scratch=scratch[0])
-        numerator.add_(share.mul_(merged), alpha=weights[task])
-    return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
+        yield task, rescale_(scores, balance), signed_(clamped, tau, scratch=scratch[0])

@@ -1,0 +1,128 @@
+"""AdaMerging + PCB: coefficients learned from unlabelled inputs (the paper's Table 7).
+
+Source: Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024,
+arXiv 2310.02575: the coefficients that make predictions on unlabelled inputs certain, by
+gradient descent on their entropy; here they weigh the contributions of PCB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from mergekit_pcb.errors import PCBError
+from mergekit_pcb.state_dicts import Model, StateDict, combine, contributions
+
+# As in the released AdaMerging.
+BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What AdaMerging found.
+
+    ``coefficients`` are one number per expert, or map names of tensors to so many numbers;
+    ``entropies`` are the mean entropies in nats, one per batch, in the order of training.
+    """
+
+    coefficients: torch.Tensor | dict[str, torch.Tensor]
+    state_dict: StateDict
+    entropies: list[float]
+
+
+def adamerge(
+    model: torch.nn.Module,
+    base: Model,
+    experts: Sequence[Model],
+    batches: Iterable[Any],
+    granularity: Literal["task", "layer"] = "task",
+    *,
+    epochs: int = 1,
+    learning_rate: float = 1e-2,
+    start: float = 1.0,
+    scale: float = 1.0,
+    quiet: bool = True,
+    **parameters: Any,
+) -> Adapted:
+    """Learn the coefficients of PCB's contributions by minimising entropy; no labels needed.
+
+    ``model`` is called with each of ``batches`` (a mapping as keywords, a tuple as arguments,
+    else as the one argument) and returns logits ``[..., classes]`` or an object with ``logits``;
+    its own values are not used and not changed. ``granularity`` is one coefficient per expert,
+    or one per expert and tensor, which the paper calls layer-wise. All start at ``start``;
+    Adam takes one step per batch, ``epochs`` times over. ``parameters`` are those of
+    :func:`~mergekit_pcb.state_dicts.contributions`.
+
+    Memory: a float32 copy of the model per expert. Results repeat to the bit where the
+    model's own operations do. Raises :class:`~mergekit_pcb.errors.PCBError`.
+    """
+    if granularity not in ("task", "layer"):
+        raise PCBError(
+            f"use granularity: {granularity!r}",
+            "coefficients belong to tasks or to their tensors",
+            "write task or layer",
+        )
+    parts = contributions(base, experts, **parameters)
+    device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
+    coefficients: torch.Tensor | dict[str, torch.Tensor]
+    if granularity == "task":
+        coefficients = torch.full((len(parts),), start, device=device, requires_grad=True)
+        trained = [coefficients]
+    else:
+        coefficients = {
+            name: torch.full((len(parts),), start, device=device, requires_grad=True)
+            for name in parts[0]
+        }
+        trained = list(coefficients.values())
+    optimiser = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
+    entropies: list[float] = []
+    kept = list(batches)
+    steps = [batch for _ in range(epochs) for batch in kept]
+    for batch in tqdm(steps, desc="AdaMerging", disable=True if quiet else None):
+        merged = combine(base, parts, coefficients, scale)
+        loss = _entropy(_logits(torch.func.functional_call(model, merged, *_call(batch))))
+        if not loss.isfinite():
+            raise PCBError(
+                "adapt the coefficients",
+                "the model's predictions became NaN or infinite",
+                "lower learning_rate or start",
+            )
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        entropies.append(float(loss.detach()))
+    with torch.no_grad():
+        merged = combine(base, parts, coefficients, scale)
+    found: torch.Tensor | dict[str, torch.Tensor]
+    if isinstance(coefficients, Mapping):
+        found = {name: row.detach() for name, row in coefficients.items()}
+    else:
+        found = coefficients.detach()
+    return Adapted(found, merged, entropies)
+
+
+def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _logits(output: Any) -> torch.Tensor:
+    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise PCBError(
+            "adapt the coefficients",
+            f"the model returned {type(output).__name__} without logits",
+            "wrap it so that it returns logits",
+        )
+    return logits
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Mean entropy of the predicted distributions, in nats."""
+    log = logits.float().log_softmax(-1)
+    return -(log.exp() * log).sum(-1).mean()

@@ -1,0 +1,395 @@
+"""`mergekit-pcb search` and `search_weights`: the paper's evolution strategy."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
+from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import save_file
+from test_bad_input import THREE_BEATS
+
+import mergekit_pcb
+from mergekit_pcb import search_weights
+from mergekit_pcb.search import EvaluationError, Space, search
+
+# Scores a checkpoint by its distance to another, without torch, and counts how often.
+SCORE = """
+import pathlib, sys
+import numpy as np
+from safetensors.numpy import load_file
+def numbers(folder):
+    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    state = {k: v for file in files for k, v in load_file(file).items()}
+    return np.concatenate([state[k].ravel() for k in sorted(state)]).astype(float)
+folder = pathlib.Path(__file__).parent
+with (folder / "evaluations").open("a") as count:
+    count.write("x")
+model, target = numbers(sys.argv[1]), numbers(folder / "target")
+print("trial of", len(model), "numbers")
+print("score:", -float(np.abs(model - target).sum()))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Models, a configuration, and a target made with other weights."""
+    place = tmp_path_factory.mktemp("made")
+    paths = save_family(place / "models", tiny_llama(layers=1), tasks=2, shard_size="30KB")
+    config = configuration(paths, parameters={"density": 0.3, "lambda": 1.1}, dtype="float32")
+    wanted = configuration(
+        paths,
+        parameters={"density": 0.3, "lambda": 1.1},
+        per_model=[{"weight": 1.9}, {"weight": 0.7}],
+        dtype="float32",
+    )
+    out, _ = merge(place / "wanted", wanted)
+    out.rename(place / "target")
+    (place / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return place
+
+
+@pytest.fixture
+def place(tmp_path, made):
+    """A folder of its own for a search, with a script that scores."""
+    for name in ("models", "target"):
+        (tmp_path / name).symlink_to(made / name)
+    shutil.copy(made / "config.yml", tmp_path)
+    (tmp_path / "score.py").write_text(SCORE)
+    return tmp_path
+
+
+def arguments(place, *more, budget=14):
+    command = f"{sys.executable} {place / 'score.py'} {{model}}"
+    best = place / "best.yml"
+    return [place / "config.yml", "--evaluate", command, "--budget", budget, "-o", best, *more]
+
+
+def trials(place):
+    return log_of(place / "best.search")
+
+
+def log_of(folder):
+    lines = (folder / "trials.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def evaluations(place):
+    return len((place / "evaluations").read_text())
+
+
+def test_a_search_finds_weights_that_stock_mergekit_merges(place):
+    result = run("mergekit-pcb", "search", *arguments(place, budget=24))
+    log = trials(place)
+    assert evaluations(place) == len(log) == 24
+    assert [trial["trial"] for trial in log] == list(range(1, 25))
+    assert log[0]["weights"] == [1.0, 1.0]
+    best = max(log, key=lambda trial: trial["score"])
+    assert best["score"] > 0.4 * log[0]["score"]  # both are negative: less than half as far
+    said = re.search(r"best.yml: score (\S+) in trial (\d+) \(the start: (\S+)\)", result.stdout)
+    assert int(said.group(2)) == best["trial"]
+    document = yaml.safe_load((place / "best.yml").read_text())
+    found = [entry["parameters"]["weight"] for entry in document["models"]]
+    assert found == best["weights"]
+    assert document["parameters"] == {"density": 0.3, "lambda": 1.1}
+    out, _ = merge(place / "again", (place / "best.yml").read_text())
+    score = run_score(place, out)
+    assert score == pytest.approx(best["score"], rel=1e-4)
+    assert {path.name for path in (place / "best.search").iterdir()} == {"trials.jsonl"}
+
+
+def run_score(place, folder):
+    command = [sys.executable, str(place / "score.py"), str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(said.split()[-1])
+
+
+def test_a_killed_search_resumes_and_repeats_nothing(place):
+    script = pathlib.Path(sys.executable).with_name("mergekit-pcb")
+    process = subprocess.Popen(
+        [str(script), "search", *map(str, arguments(place))],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log, deadline = place / "best.search" / "trials.jsonl", time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = trials(place)
+    assert 5 <= len(before) < 14
+    with log.open("a") as file:
+        file.write('{"trial": 6, "wei')  # killed in the middle of a line
+    done = evaluations(place)
+    refused = run("mergekit-pcb", "search", *arguments(place), check=False)
+    assert "continue it with --resume" in refused.stderr
+    run("mergekit-pcb", "search", *arguments(place, "--resume"))
+    assert trials(place)[: len(before)] == before
+    assert len(trials(place)) == 14
+    assert evaluations(place) - done == 14 - len(before)
+    interrupted = [(trial["weights"], trial["score"]) for trial in trials(place)]
+    # A larger budget goes on where it ended; a fresh search tries the same.
+    run("mergekit-pcb", "search", *arguments(place, "--resume", budget=16))
+    assert evaluations(place) - done == 16 - len(before)
+    fresh = arguments(place, "--work", place / "fresh")
+    run("mergekit-pcb", "search", *fresh)
+    again = log_of(place / "fresh")
+    assert [(trial["weights"], trial["score"]) for trial in again] == interrupted
+    other = run("mergekit-pcb", "search", *arguments(place, "--resume", "--seed", 1), check=False)
+    assert "begun with another configuration, command or options" in other.stderr
+
+
+def test_failing_trials_count_as_worst_and_say_why(place):
+    count = place / "count"
+    command = f"echo x >> {count}; test $(wc -l < {count}) -gt 2 || {{ echo no luck >&2; exit 3; }}"
+    command += "; echo {model} 12.5e-1"
+    options = [place / "config.yml", "--evaluate", command, "--budget", 4, "--minimize"]
+    result = run("mergekit-pcb", "search", *options, "-o", place / "best.yml")
+    log = trials(place)
+    assert [trial["score"] for trial in log] == [None, None, 1.25, 1.25]
+    assert log[0]["error"] == "the command exited with 3: no luck"
+    assert "trial 1 failed: the command exited with 3: no luck" in result.stdout + result.stderr
+    assert "score 1.25 in trial 3 (the start: failed)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("true {model}", "the command printed no number"),
+        ("echo {model} nan", "the score is nan"),
+        ("sleep 5; echo {model} 1", "took longer than 0.2 s"),
+    ],
+)
+def test_when_every_trial_fails(place, command, why):
+    options = [place / "config.yml", "--evaluate", command, "--budget", 2, "--timeout", 0.2]
+    result = run("mergekit-pcb", "search", *options, "-o", place / "best.yml", check=False)
+    assert result.returncode == 1
+    assert why in result.stderr
+    assert THREE_BEATS.search(result.stderr)
+    assert not (place / "best.yml").exists()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_lambda_and_density(place, raw):
+    searched = ["--search", "lambda", "--search", "density"]
+    if raw:
+        files = []
+        for name in ("base", "expert0", "expert1"):
+            files.append(place / f"{name}.safetensors")
+            save_file(tensors(place / "models" / name), files[-1])
+        config = configuration(files, parameters={"density": 0.3}, dtype="float32")
+        (place / "config.yml").write_text(yaml.safe_dump(config))
+    run("mergekit-pcb", "search", *arguments(place, *searched, budget=4))
+    log = trials(place)
+    assert all(set(trial["shared"]) == {"lambda", "density"} for trial in log)
+    assert log[0]["shared"] == {"lambda": 1.0 if raw else 1.1, "density": 0.3}
+    assert len({trial["score"] for trial in log}) == 4
+    document = yaml.safe_load((place / "best.yml").read_text())
+    best = max(log, key=lambda trial: trial["score"])
+    assert document["parameters"] == best["shared"]
+    command = "mergekit-pytorch" if raw else "mergekit-yaml"
+    out, _ = merge(place / "again", (place / "best.yml").read_text(), command=command)
+    assert run_score(place, out) == pytest.approx(best["score"], rel=1e-4)
+
+
+def test_trials_are_what_merges_give(place, family):
+    """Sharded, whole-model, DARE, bfloat16, frozen weights: a sum of files against a merge."""
+    from mergekit.options import MergeOptions
+
+    from mergekit_pcb.search import Job, _Merges, configured
+
+    parameters = {"scope": "model", "dare_density": 0.6, "density": 0.2, "lambda": 1.3}
+    config = configuration(family, parameters=parameters, dtype="float32", out_dtype="bfloat16")
+    job = Job(config, "", place / "b.yml", place / "work", searched=("weight", "lambda"))
+    job.folder.mkdir()
+    merges = _Merges(job, MergeOptions(copy_tokenizer=False))
+    for weights, shared in (([1.0, 2.0, 0.5], {"lambda": 0.9}), ([0.7, 0.7, 3.0], {})):
+        made = tensors(merges.trial(weights, shared))
+        out, _ = merge(place / f"m{weights[0]}", configured(config, weights, shared))
+        expected = tensors(out)
+        assert set(made) == set(expected)
+        for name, tensor in expected.items():
+            assert made[name].dtype == tensor.dtype
+            assert (made[name] != tensor).double().mean() < 2e-3, name
+            assert torch.allclose(made[name].float(), tensor.float(), rtol=1e-2)
+    assert (merges._trial / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "complaint"),
+    [
+        ({"merge_method": "ties"}, [], "it is no `merge_method: pcb`"),
+        ({"models": None}, [], "it is no `merge_method: pcb`"),
+        ({"parameters": {"weight": [1, 2]}}, [], "gives it filters or a gradient"),
+        ({"parameters": {"weight": 7}}, [], "it starts at 7, outside of 0.5 to 3"),
+        ({"parameters": {"density": 0.9}}, ["--search", "density"], "outside of 0.01 to 0.6"),
+        ({"base_model": "./nowhere"}, [], "cannot merge"),
+        ({}, ["--bounds", "2", "1"], "there is nothing between (2.0, 1.0)"),
+        ({}, ["--evaluate", "score"], "the command does not name the model"),
+        ({}, ["-o", "/nowhere/best.yml"], "its folder does not exist"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(place, change, options, complaint):
+    config = yaml.safe_load((place / "config.yml").read_text())
+    config.update(change)
+    (place / "config.yml").write_text(yaml.safe_dump(config))
+    result = run("mergekit-pcb", "search", *arguments(place), *options, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    sentence = THREE_BEATS.search(result.stderr)
+    assert sentence, result.stderr
+    assert complaint in sentence.group()
+
+
+def test_damaged_logs_are_refused(place):
+    run("mergekit-pcb", "search", *arguments(place, budget=3))
+    log = place / "best.search" / "trials.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
+    result = run("mergekit-pcb", "search", *arguments(place, "--resume", budget=3), check=False)
+    assert "line 2 of trials.jsonl is damaged" in result.stderr
+    edited = json.loads(lines[2]) | {"weights": [1.0, 1.5]}
+    log.write_text("\n".join([*lines[:2], json.dumps(edited), lines[3]]) + "\n")
+    result = run("mergekit-pcb", "search", *arguments(place, "--resume", budget=3), check=False)
+    assert "its trial 2 tried [1.0, 1.5]" in result.stderr
+
+
+# --- In memory --------------------------------------------------------------------------------
+
+
+def states(n=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (13, 7), "b": (7,), "scalar": ()}
+    found = [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}]
+    for _ in range(n):
+        found.append(
+            {n: t + 0.01 * torch.randn(t.shape, generator=generator) for n, t in found[0].items()}
+        )
+    return [{n: t.to(dtype) for n, t in s.items()} | {"steps": torch.tensor(3)} for s in found]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_contributions_combined_are_the_merge(scope, dtype):
+    base, *experts = states(dtype=dtype)
+    chosen = {"density": [0.3, 0.5, 0.2], "scope": scope, "dare_density": 0.7, "seed": 4}
+    parts = mergekit_pcb.contributions(base, experts, **chosen)
+    weights = [0.5, 2.0, -1.0]
+    combined = mergekit_pcb.combine(base, parts, weights, 1.5)
+    models = dict(enumerate([base, *experts]))
+    parameters = {**chosen, "weight": weights, "lambda": 1.5}
+    merged = merge_state_dicts(models, "pcb", base=0, parameters=parameters)
+    assert set(combined) == set(merged)
+    for name, tensor in merged.items():
+        assert combined[name].dtype == tensor.dtype
+        if not tensor.is_floating_point():
+            assert torch.equal(combined[name], tensor)
+            continue
+        off = (combined[name].double() - tensor.double()).norm()
+        assert off <= 2 * torch.finfo(dtype).eps * tensor.double().norm(), name
+
+
+def test_contributions_take_modules_and_leave_them_alone():
+    models = [torch.nn.Linear(5, 4) for _ in range(3)]
+    before = [{n: t.clone() for n, t in model.state_dict().items()} for model in models]
+    parts = mergekit_pcb.contributions(models[0], models[1:], density=1.0)
+    merged = mergekit_pcb.combine(models[0], parts, [1.0, 1.0])
+    merged["weight"] += 1
+    for model, state in zip(models, before, strict=True):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name])
+            assert model.get_parameter(name).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"experts": []}, "there is no expert"),
+        ({"density": [0.1]}, "there are 3 experts"),
+        ({"density": 2}, "use density: 2"),
+        ({"scope": "all"}, "write tensor or model"),
+        ({"clip": 0.5}, "use clip: 0.5"),
+        ({"seed": 0.5}, "use seed: 0.5"),
+        ({"drop": "w"}, "expert 1 lacks it"),
+        ({"shape": "w"}, "(13, 7) in the base but (2, 2) in expert 1"),
+        ({"poison": "w"}, "expert 1 holds NaN or infinity"),
+    ],
+)
+def test_contributions_refuse_in_sentences(change, complaint):
+    base, *experts = states()
+    if name := change.pop("drop", None):
+        del experts[1][name]
+    if name := change.pop("shape", None):
+        experts[1][name] = torch.zeros(2, 2)
+    if name := change.pop("poison", None):
+        experts[1][name][0] = float("nan")
+    experts = change.pop("experts", experts)
+    with pytest.raises(mergekit_pcb.PCBError) as caught:
+        mergekit_pcb.contributions(base, experts, **change)
+    assert complaint in str(caught.value)
+
+
+def test_combining_with_another_number_of_weights_is_refused():
+    base, *experts = states()
+    parts = mergekit_pcb.contributions(base, experts)
+    with pytest.raises(mergekit_pcb.PCBError, match="3 contributions with 2 weights"):
+        mergekit_pcb.combine(base, parts, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_weights_found_in_memory(n):
+    base, *experts = states(n)
+    parts = mergekit_pcb.contributions(base, experts, density=0.5)
+    wanted = [1.7, 0.9, 2.2][:n]
+    target = mergekit_pcb.combine(base, parts, wanted)
+    called = []
+
+    def distance(state):
+        called.append(state)
+        return float(sum((state[n] - target[n]).abs().sum() for n in ("w", "b")))
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    found = search_weights(distance, base, experts, density=0.5, budget=80, minimize=True)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+    assert len(called) == len(found.trials) == 80
+    assert found.best.weights == pytest.approx(wanted, abs=0.2)
+    again = search_weights(distance, base, experts, density=0.5, budget=80, minimize=True)
+    assert [t.weights for t in again.trials] == [t.weights for t in found.trials]
+    assert [t.score for t in again.trials] == [t.score for t in found.trials]
+
+
+def test_trials_stay_within_bounds_and_budget():
+    tried = []
+
+    def evaluate(weights, shared):
+        tried.append([*weights, shared["lambda"]])
+        if len(tried) % 3 == 0:
+            raise EvaluationError("no")
+        return sum(weights)
+
+    space = Space((0.9, 1.1), (("lambda", 1.0),), bounds=(0.8, 1.3))
+    found = list(search(evaluate, space, 23))
+    assert len(found) == len(tried) == 23
+    assert all(0.8 <= w <= 1.3 for *weights, _ in tried for w in weights)
+    assert all(0.5 <= scale <= 2.5 for *_, scale in tried)
+    assert [trial.error for trial in found[:3]] == [None, None, "no"]
+    assert max(t.score for t in found[12:] if t.score) > 2.4  # it climbs towards 2.6
