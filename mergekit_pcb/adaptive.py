@@ -80,10 +80,15 @@ def adamerge(
         trained = list(coefficients.values())
     optimiser = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
     entropies: list[float] = []
+    learnable = {name for name, _ in model.named_parameters()}
     kept = list(batches)
     steps = [batch for _ in range(epochs) for batch in kept]
     for batch in tqdm(steps, desc="AdaMerging", disable=True if quiet else None):
-        merged = combine(base, parts, coefficients, scale)
+        merged = {
+            # torch has no gradients towards running averages
+            name: tensor if name in learnable else tensor.detach()
+            for name, tensor in combine(base, parts, coefficients, scale).items()
+        }
         loss = _entropy(_logits(torch.func.functional_call(model, merged, *_call(batch))))
         if not loss.isfinite():
             raise PCBError(

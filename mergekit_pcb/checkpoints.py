@@ -218,6 +218,12 @@ class Plan:
                     )
         return self._extents
 
+    def execute(self, device: str | torch.device) -> Iterator[Any]:
+        """Merge tensor by tensor as mergekit would, and let go of each."""
+        from mergekit.graph import Executor
+
+        yield from Executor(self.tasks, math_device=device, storage_device="cpu").run(quiet=True)
+
     def look(
         self,
     ) -> Iterator[tuple[ExecuteMergeMethodTask, Mapping[Hashable, torch.Tensor | None]]]:
@@ -293,7 +299,11 @@ def plan_without_merging(configuration: str, options: Any) -> Plan:
     ``mergekit-pytorch``; ``options`` are mergekit's ``MergeOptions``.
     """
     document = yaml.safe_load(configuration)
-    base = document.get("base_model") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or document.get("merge_method") != "pcb":
+        raise PCBError(
+            "look into this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
+        )
+    base = document.get("base_model")
     begin()
     if isinstance(base, str) and pathlib.Path(base).is_file():
         _plan_files(document, options)
@@ -302,7 +312,7 @@ def plan_without_merging(configuration: str, options: Any) -> Plan:
     plan: Plan = _thread.plan
     if not plan.tasks:
         raise PCBError(
-            "measure this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
+            "look into this merge", "it merges no tensor", "name models that hold weights"
         )
     return plan
 

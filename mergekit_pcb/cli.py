@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import click
+import yaml
 
 import mergekit_pcb
 from mergekit_pcb.errors import PCBError
@@ -75,6 +78,56 @@ def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
 @click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    required=True,
+    help="The folder to write; it may exist.",
+)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]) -> None:
+    """Show what the competition of a merge looks like, without merging to disk.
+
+    Per layer, kind of tensor and task: what is kept, who keeps the same elements, where signs
+    conflict before and after, and how much of the merge is whose. Prints a table and writes
+    report.html (one file that needs no network), report.json and tensors.csv. CONFIG is for
+    mergekit-yaml or mergekit-pytorch; OPTIONS are mergekit's own, such as --cuda.
+
+    Example: mergekit-pcb report pcb.yml -o report
+    """
+    mergekit_pcb.register()
+    from mergekit_pcb import figures, report
+
+    figures.require_matplotlib()
+    merge_options = _merge_options(options)
+    with _explained(config):
+        found = report.observe(_text_of(config), merge_options)
+    rows, remarks = report.summary(found), report.remarks(found)
+    files = report.write(found, figures.page(found, rows, remarks), output)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join([row[0].ljust(len(first)), *rest]))
+    for line in remarks:
+        click.echo(line)
+    click.echo(", ".join(map(str, files)))
+
+
+@contextlib.contextmanager
+def _explained(config: pathlib.Path) -> Iterator[None]:
+    """Turn what mergekit, pydantic and the Hub's client say of a configuration into a sentence."""
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PCBError(f"merge {config}", reason, "see `mergekit-pcb check`") from None
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@click.option(
     "--evaluate",
     "command",
     required=True,
@@ -133,8 +186,6 @@ def search(
     Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
     """
     mergekit_pcb.register()
-    import yaml
-
     from mergekit_pcb import search
 
     if "{model}" not in command:
@@ -162,13 +213,9 @@ def search(
         minimize,
         timeout,
     )
-    try:
-        found = search.run(job, _merge_options(options), resume=resume)
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, click.ClickException):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise PCBError(f"merge {config}", reason, "see `mergekit-pcb check`") from None
+    merge_options = _merge_options(options)
+    with _explained(config):
+        found = search.run(job, merge_options, resume=resume)
     best = found.best
     if best is None:
         raise PCBError(
@@ -211,7 +258,6 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     """
     mergekit_pcb.register()
     import torch
-    import yaml
 
     from mergekit_pcb import checkpoints, whole_model
 

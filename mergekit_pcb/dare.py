@@ -57,7 +57,10 @@ class Dare:
         for block, blocks, place, part in _spans(start, len(tau)):
             addends, factors = _keys(self.seed, self.task, tensor, block, blocks, tau.device)
             table = hashes[part].view(blocks, -1)
-            torch.mul(places[place], factors, out=table).add_(addends)
+            if isinstance(factors, int):  # the same in one operation
+                torch.add(addends[0, 0], places[place], alpha=factors, out=table[0])
+            else:
+                torch.mul(places[place], factors, out=table).add_(addends)
             torch.mul(table, table, out=table)
         kept.copy_(hashes[: len(tau)].le_(self._largest))
         return torch.addcmul(tau.new_zeros(()), tau, kept, value=1 / self.density, out=tau)
@@ -82,11 +85,11 @@ def key(seed: int, task: int, tensor: str, block: int) -> tuple[int, int]:
 @lru_cache(maxsize=4096)  # a tensor is walked over three times
 def _keys(
     seed: int, task: int, tensor: str, first: int, blocks: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A`` and ``K`` of consecutive blocks, as columns."""
+) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """``A`` and ``K`` of consecutive blocks, as columns; the ``K`` of a single one as a number."""
     pairs = [key(seed, task, tensor, block) for block in range(first, first + blocks)]
     columns = torch.tensor(pairs, dtype=torch.int32, device=device)
-    return columns[:, :1], columns[:, 1:]
+    return columns[:, :1], columns[:, 1:] if blocks > 1 else pairs[0][1]
 
 
 def plan(densities: Sequence[float], seed: int, tasks: Sequence[int]) -> tuple[Dare | None, ...]:

@@ -58,19 +58,21 @@ def contributions(aligned: Aligned, statistics: Statistics) -> tuple[torch.Tenso
     New flat tensors in the precision of ``statistics``. With :func:`merge`'s arguments, the merged
     tensor is ``b + scale · Σ_i weight_i · contribution_i``.
     """
-    count, device = len(aligned), aligned.base.device
-    parts = torch.zeros((len(aligned.tasks), count), dtype=statistics.dtype, device=device)
-    competing = _competing(statistics)
-    if competing:
-        chunks = aligned.under(statistics.dare).chunks(Scratch.of_thread(statistics.dtype))
-        for chunk in chunks:
-            own = parts[:, chunk.start : chunk.start + len(chunk.base)]
-            divisor = chunk.scratch("divisor", chunk.base).zero_()
-            for task, share, clamped in _shares(chunk, competing, statistics):
-                divisor.add_(share)
-                torch.mul(share, clamped, out=own[task])
-            own.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
+    shape = len(aligned.tasks), len(aligned)
+    parts = torch.empty(shape, dtype=statistics.dtype, device=aligned.base.device)
+    for chunk in aligned.under(statistics.dare).chunks(Scratch.of_thread(statistics.dtype)):
+        parts_of(chunk, statistics, out=parts[:, chunk.start : chunk.start + len(chunk.base)])
     return tuple(parts)
+
+
+def parts_of(chunk: Chunk, statistics: Statistics, *, out: torch.Tensor) -> torch.Tensor:
+    """The :func:`contributions` to a chunk, a row per task."""
+    out.zero_()
+    divisor = chunk.scratch("divisor", chunk.base).zero_()
+    for task, share, clamped in _shares(chunk, _competing(statistics), statistics):
+        divisor.add_(share)
+        torch.mul(share, clamped, out=out[task])
+    return out.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 
 def _competing(statistics: Statistics) -> list[int]:
@@ -93,6 +95,8 @@ def _shares(
     chunk: Chunk, competing: Sequence[int], statistics: Statistics
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each task with its weights ``w`` and clamped task vector ``τ̂`` in a chunk, to be used up."""
+    if not competing:
+        return
     total, buffer = chunk.total(), chunk.scratch
     for task in competing:
         tau, balance = chunk.task_vector(task), statistics.balances[task]

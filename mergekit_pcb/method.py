@@ -327,10 +327,10 @@ class PCBMerge(GroupMergeMethod):
             else:
                 recipe = _recipe(group, parameters, positions)
                 statistics = measure(lambda: [aligned], len(aligned), recipe, dtype)
+            weights, scale = parameters["weight"].values_for(tasks), parameters["lambda"]
             for observe in _observers:
-                observe(aligned, statistics, positions)
-            weights = parameters["weight"].values_for(tasks)
-            merged = merge(aligned, statistics, weights, parameters["lambda"])
+                observe(aligned, statistics, positions, weights, scale)
+            merged = merge(aligned, statistics, weights, scale)
         return merged.view(base.tensor.shape)
 
 
@@ -342,13 +342,13 @@ class _Measured:
     checked: bool  # the tensor at hand was walked over, so it is known to be finite
 
 
-Observer = Callable[[Aligned, Statistics, Sequence[int]], None]
+Observer = Callable[[Aligned, Statistics, Sequence[int], Sequence[float], float], None]
 _observers: list[Observer] = []
 
 
 @contextlib.contextmanager
 def observed(observe: Observer) -> Iterator[None]:
-    """Show every tensor that is merged meanwhile, its statistics, and its tasks' positions."""
+    """Show every tensor that is merged meanwhile: its statistics, positions, weights and lambda."""
     _observers.append(observe)
     try:
         yield

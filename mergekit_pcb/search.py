@@ -475,7 +475,9 @@ class _Merges:
         self._parts.mkdir()
         files: dict[str, str] = {}
 
-        def keep(aligned: Aligned, statistics: Statistics, positions: Sequence[int]) -> None:
+        def keep(
+            aligned: Aligned, statistics: Statistics, positions: Sequence[int], *_: Any
+        ) -> None:
             parts = contributions_of(aligned, statistics)
             state = {f"task {p}": part.cpu() for p, part in zip(positions, parts, strict=True)}
             state["base"] = aligned.base.to(statistics.dtype).cpu()

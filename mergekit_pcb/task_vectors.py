@@ -93,7 +93,9 @@ class Chunk:
         return tau
 
     def _subtract(self, index: int, out: torch.Tensor) -> torch.Tensor:
-        tau = out.copy_(self.tasks[index]).sub_(self.base)
+        task = self.tasks[index]
+        narrow = task.dtype != self.base.dtype
+        tau = out.copy_(task).sub_(self.base) if narrow else torch.sub(task, self.base, out=out)
         mask = self.aligned.dare[index]
         if mask is None:
             return tau

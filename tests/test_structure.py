@@ -63,7 +63,19 @@ ARROWS = {
         "statistics",
         "task_vectors",
     },
-    "cli": {"adapters", "check", "checkpoints", "search", "demo", "errors", "whole_model"},
+    "report": {"checkpoints", "errors", "merging", "method", "statistics", "task_vectors"},
+    "figures": {"errors", "report"},  # the last only for type checkers
+    "cli": {
+        "adapters",
+        "check",
+        "checkpoints",
+        "figures",
+        "report",
+        "search",
+        "demo",
+        "errors",
+        "whole_model",
+    },
 }
 # Rooms that must not know the host, and the one that must import hardly anything at all.
 WITHOUT_MERGEKIT = {

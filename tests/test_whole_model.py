@@ -479,10 +479,10 @@ def test_an_interrupted_walk_leaves_no_document(tmp_path, family, monkeypatch):
         ("merge_method: [", "while parsing"),
         (
             "merge_method: pcbb\nbase_model: {0}\nmodels: [{{model: {1}}}]",
-            "Unimplemented merge method",
+            "it does not use pcb",
         ),
         ("merge_method: pcb\nbase_model: {0}\nmodels: [{{model: /no/where}}]", "/no/where"),
-        ("just words", "Input should be"),
+        ("just words", "it does not use pcb"),
     ],
 )
 def test_configurations_nobody_can_use_end_in_a_sentence(tmp_path, family, text, complaint):
