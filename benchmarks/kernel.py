@@ -1,6 +1,6 @@
 """One tensor, three tasks, in memory: time and extra memory against the rivals.
 
-python -m benchmarks.kernel              # 4096 × 8192, five turns, about seven minutes
+python -m benchmarks.kernel              # 4096 × 8192, five turns, about eight minutes
 python -m benchmarks.kernel --rows 512   # a quick look
 """
 
@@ -66,9 +66,22 @@ def _released(tensors: list[torch.Tensor]) -> torch.Tensor:
 @click.option("--columns", default=8192, show_default=True)
 @click.option("--runs", default=5, show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=("float32", "bfloat16"),
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Default: both.",
+)
 @click.option("--memory-of", nargs=2, hidden=True, help="Print one figure; used by itself.")
 def main(
-    rows: int, columns: int, runs: int, threads: int, memory_of: tuple[str, str] | None
+    rows: int,
+    columns: int,
+    runs: int,
+    threads: int,
+    dtypes: tuple[str, ...],
+    memory_of: tuple[str, str] | None,
 ) -> None:
     """Print the tables of the kernel."""
     torch.set_num_threads(threads)
@@ -83,8 +96,8 @@ def main(
     print(machine())
     print(f"one tensor {rows} × {columns}, three tasks, density {DENSITY}, median of {runs} turns")
     print(f"DARE with density {DARE_DENSITY}")
-    for dtype in (torch.float32, torch.bfloat16):
-        dtype_name = str(dtype).removeprefix("torch.")
+    for dtype_name in dtypes:
+        dtype = getattr(torch, dtype_name)
         names = list(PARAMETERS)
         if dtype == torch.float32:
             names.append(RELEASED)

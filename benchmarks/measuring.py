@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import platform
@@ -32,18 +33,30 @@ def machine() -> str:
     )
 
 
+# A turn of an action lasts at least so long, or one disturbance would be most of it.
+SECONDS_PER_TURN = 2.0
+
+
 def alternate(actions: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each action, taken in turn A B C A B C …, after one turn not counted."""
+    """Seconds of each action, taken in turn A B C A B C …, after one turn not counted.
+
+    A quick action runs several times in its turn, which counts with their mean.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
+    times = dict.fromkeys(actions, 1)
     for turn in range(runs + 1):
         for name, action in actions.items():
             start = time.perf_counter()
-            result = action()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            for _ in range(times[name]):
+                result = action()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                del result
+            taken = (time.perf_counter() - start) / times[name]
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-            del result
+                seconds[name].append(taken)
+            else:
+                times[name] = math.ceil(SECONDS_PER_TURN / max(taken, 1e-3))
     return seconds
 
 

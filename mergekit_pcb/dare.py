@@ -52,18 +52,19 @@ class Dare:
         contents of ``scratch``, contiguous and like ``tau``, are lost. NaN and infinity become
         NaN even where dropped, so that no mask hides a broken checkpoint.
         """
-        kept, hashes = scratch[0], scratch[1].view(torch.int32)
+        kept, hashes = scratch[0], scratch[1].view(torch.int32)[: len(tau)]
         places = _places(tau.device)
         for block, blocks, place, part in _spans(start, len(tau)):
             addends, factors = _keys(self.seed, self.task, tensor, block, blocks, tau.device)
-            table = hashes[part].view(blocks, -1)
-            if isinstance(factors, int):  # the same in one operation
-                torch.add(addends[0, 0], places[place], alpha=factors, out=table[0])
+            if isinstance(factors, int):
+                torch.add(addends, places[place], alpha=factors, out=hashes[part])
             else:
+                table = hashes[part].view(blocks, -1)
                 torch.mul(places[place], factors, out=table).add_(addends)
-            torch.mul(table, table, out=table)
-        kept.copy_(hashes[: len(tau)].le_(self._largest))
-        return torch.addcmul(tau.new_zeros(()), tau, kept, value=1 / self.density, out=tau)
+        torch.mul(hashes, hashes, out=hashes)
+        kept.copy_(hashes.le_(self._largest))
+        zero = _zero(tau.dtype, tau.device)
+        return torch.addcmul(zero, tau, kept, value=1 / self.density, out=tau)
 
     @property
     def _largest(self) -> int:
@@ -86,10 +87,10 @@ def key(seed: int, task: int, tensor: str, block: int) -> tuple[int, int]:
 def _keys(
     seed: int, task: int, tensor: str, first: int, blocks: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """``A`` and ``K`` of consecutive blocks, as columns; the ``K`` of a single one as a number."""
+    """``A`` and ``K`` of consecutive blocks as columns, or of one: a scalar and a number."""
     pairs = [key(seed, task, tensor, block) for block in range(first, first + blocks)]
     columns = torch.tensor(pairs, dtype=torch.int32, device=device)
-    return columns[:, :1], columns[:, 1:] if blocks > 1 else pairs[0][1]
+    return (columns[:, :1], columns[:, 1:]) if blocks > 1 else (columns[0, 0], pairs[0][1])
 
 
 def plan(densities: Sequence[float], seed: int, tasks: Sequence[int]) -> tuple[Dare | None, ...]:
@@ -107,6 +108,11 @@ def _places(device: torch.device) -> torch.Tensor:
     t = 2 * (_mixed(place, 31) * BLOCK_ELEMENTS + _mixed(place, 18)) + 1
     signed = (t + 2**31 & 0xFFFFFFFF) - 2**31
     return signed.to(torch.int32).to(device)
+
+
+@lru_cache(maxsize=16)
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _mixed(place: torch.Tensor, bits: int) -> torch.Tensor:
