@@ -75,3 +75,35 @@ def test_the_formulas_are_what_the_package_computes():
 def test_yaml_blocks_are_configurations():
     for block in blocks("yaml"):
         assert yaml.safe_load(block)["merge_method"] == "pcb"
+
+
+def test_every_command_of_the_readme_exists_with_its_options():
+    from mergekit_pcb.cli import main
+
+    lines = "\n".join(blocks("sh")).replace("&&", "\n").splitlines()
+    ours = [line.strip() for line in lines if line.strip().startswith("mergekit-pcb")]
+    assert {line.split()[1] for line in ours} == {
+        "check", "demo", "identity-adapter", "measure", "report", "search"
+    }  # fmt: skip
+    for line in ours:
+        command = main.commands[line.split()[1]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        for option in re.findall(r" (--?[a-z]+)", line.split("'")[0] + line.split("'")[-1]):
+            assert option in known, line
+
+
+def test_the_python_of_the_tools_runs():
+    (block,) = [block for block in blocks("python") if "adamerge" in block]
+    model = torch.nn.Linear(6, 3)
+    base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    experts = [{n: t + 0.1 * torch.randn(t.shape) for n, t in base.items()} for _ in range(2)]
+    places = {
+        "model": model,
+        "base": base,
+        "experts": experts,
+        "batches": list(torch.randn(3, 8, 6)),
+        "score": lambda state: -float(state["weight"].abs().sum()),
+    }
+    exec(block, places)
+    assert set(places["merged"]) == set(base)
+    assert places["found"].best.score >= places["found"].trials[0].score
