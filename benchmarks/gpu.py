@@ -18,6 +18,7 @@ import torch
 from mergekit.merge_methods import merge_tensors
 
 from benchmarks.measuring import machine
+from mergekit_pcb.dare import Dare
 
 TASKS = 3
 WALKS = 3
@@ -55,9 +56,17 @@ def seconds(action: Callable[[], object], device: torch.device, runs: int = 7) -
     return statistics.median(times)
 
 
-def merge(tensors: list[torch.Tensor]) -> torch.Tensor:
+def merge(tensors: list[torch.Tensor], **more: float) -> torch.Tensor:
     """Return the merge that is timed and compared."""
-    return merge_tensors(tensors, "pcb", base_index=0, parameters={"density": DENSITY})
+    parameters = {"density": DENSITY, **more}
+    return merge_tensors(tensors, "pcb", base_index=0, parameters=parameters)
+
+
+def kept(device: torch.device) -> torch.Tensor:
+    """Which of 2^24 elements DARE keeps, decided on a device."""
+    ones = torch.ones(1 << 24, device=device)
+    scratch = torch.empty_like(ones), torch.empty_like(ones)
+    return (Dare(0.3, 0, 0).apply_(ones, "w", 12345, scratch) != 0).cpu()
 
 
 @click.command()
@@ -80,6 +89,12 @@ def main(device_name: str, elements: int) -> None:
     print(f"floor at that bandwidth          {floor * 1e3:10.2f} ms")
     print(f"pcb                              {taken * 1e3:10.2f} ms")
     print(f"floor / pcb                      {floor / taken:10.3f}")
+    thinned = seconds(lambda: merge(tensors, dare_density=0.5), device)
+    print(
+        f"pcb, dare_density 0.5            {thinned * 1e3:10.2f} ms, {thinned / taken:.3f} of pcb"
+    )
+    same = torch.equal(kept(device), kept(torch.device("cpu")))
+    print(f"DARE's masks on CPU and {device.type} are {'the same' if same else 'DIFFERENT'}")
     few = [tensor[: 1 << 24] for tensor in tensors]
     here, there = merge([tensor.cpu().float() for tensor in few]), merge([t.float() for t in few])
     delta = here - few[0].cpu().float()

@@ -159,12 +159,15 @@ class Plan:
         if self._is_raw():
             from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
 
-            held = SimpleLoaderCache().get(base.model.path).index.tensor_paths
+            loader = SimpleLoaderCache().loaders.get(base.model.path)
+            held = loader.index.tensor_paths if loader is not None else {}
             return sorted(set(held) - {task.output_weight.name for task in self.tasks})
         from mergekit.io.tasks import LoaderCache
 
-        held = LoaderCache().get(base).index.tensor_paths
-        planned = set()
+        loader = LoaderCache().loaders.get(base)
+        if loader is None:
+            return []
+        held, planned = loader.index.tensor_paths, set()
         for task in self.tasks:
             load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
             info = load.weight_info[task.base_model]

@@ -11,6 +11,7 @@ import yaml
 from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import ROOT
 from families import FAMILIES, build, forward, save, text
+from reference import dare_factors
 from reference import pcb as reference
 from safetensors.torch import save_file
 from test_bad_input import THREE_BEATS
@@ -506,3 +507,40 @@ def test_buffers_scalars_and_empty_tensors_survive(tmp_path, monkeypatch):
     weights = [{"weight": state["weight"]} for state in states]
     found = {"weight": merged["weight"]}
     assert_equal_states(found, expected_of(weights, parameters), weights[0])
+
+
+def test_optional_tensors_that_some_models_lack():
+    """Of one holder: its tensor, untouched. Of base and some: merged. Without the base: refused."""
+    from mergekit.architecture import WeightInfo
+    from mergekit.common import ImmutableMap, ModelReference
+    from mergekit.io.tasks import GatherTensors
+    from mergekit.merge_methods import get
+    from mergekit.merge_methods.base import ParameterScope
+    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+    from mergekit_pcb import PCBError
+
+    base, first, second = models = [ModelReference.parse(f"./{name}") for name in "bcm"]
+    info = WeightInfo(name="w", optional=True)
+    values = {spec.name: (spec.scope, spec.default) for spec in get("pcb").spec.parameters}
+    values["dare_density"] = (ParameterScope.NON_BASE, 0.5)
+    shared = {n: v for n, (scope, v) in values.items() if scope == ParameterScope.SHARED}
+    own = {n: v for n, (scope, v) in values.items() if scope == ParameterScope.NON_BASE}
+    task = ExecuteMergeMethodTask(
+        method_name="pcb",
+        gather_tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(models, info))),
+        model_order=tuple(models),
+        base_model=base,
+        output_weight=info,
+        parameters=ImmutableMap(shared),
+        input_parameters=ImmutableMap({model: ImmutableMap(own) for model in models}),
+    )
+    tensors_of = {m: torch.randn(9, 7).double() for m in models}
+    for holder in (base, first):
+        assert torch.equal(task.execute({holder: tensors_of[holder]}), tensors_of[holder])
+    found = task.execute({m: tensors_of[m] for m in (base, second)})
+    factors = dare_factors(0, 1, "w", 63, 0.5)[None]
+    expected = reference(tensors_of[base], [tensors_of[second]], dare=factors)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    with pytest.raises(PCBError, match=r"the base model \./b lacks it"):
+        task.execute({m: tensors_of[m] for m in (first, second)})
