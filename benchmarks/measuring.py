@@ -56,7 +56,7 @@ def alternate(actions: Mapping[str, Callable[[], object]], runs: int) -> dict[st
             if turn:
                 seconds[name].append(taken)
             else:
-                times[name] = math.ceil(SECONDS_PER_TURN / max(taken, 1e-3))
+                times[name] = min(20, math.ceil(SECONDS_PER_TURN / taken))
     return seconds
 
 
