@@ -46,7 +46,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise PCBError(
-            "draw a report", "matplotlib is missing", "pip install 'mergekit-pcb[report]'"
+            "draw a report", "the package matplotlib is missing", "pip install matplotlib"
         ) from None
 
 

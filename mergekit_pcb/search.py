@@ -171,15 +171,17 @@ class EvaluationError(Exception):
     """An evaluation failed; the search goes on."""
 
 
-def _strategy(begin: Any, seed: int) -> Any:
+def _cma() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it cannot draw plots
             import cma
     except ImportError:
-        raise PCBError(
-            "search", "the package cma is missing", "pip install 'mergekit-pcb[search]'"
-        ) from None
+        raise PCBError("search", "the package cma is missing", "pip install cma") from None
+    return cma
+
+
+def _strategy(begin: Any, seed: int) -> Any:
     random = np.random.RandomState(seed)
     # CMA-ES wants two dimensions; a second that nobody looks at does no harm.
     begin = begin if len(begin) > 1 else np.array([begin[0], 0.5])
@@ -189,7 +191,7 @@ def _strategy(begin: Any, seed: int) -> Any:
         "seed": np.nan,  # leave numpy's global generator alone
         "randn": lambda *shape: random.randn(*shape),
     }
-    return cma.CMAEvolutionStrategy(begin, STEP, options)
+    return _cma().CMAEvolutionStrategy(begin, STEP, options)
 
 
 # --- In memory --------------------------------------------------------------------------------
@@ -319,8 +321,9 @@ def configured(
 
 def run(job: Job, options: Any, *, resume: bool) -> Found:
     """Search, keeping a log in the job's folder and the best configuration in its output."""
+    _cma()  # complain before anything is written
     space = space_of(job)
-    space.axes()  # complain before anything is written
+    space.axes()
     past = _past(job, resume=resume)
     merge = _Merges(job, options)
 

@@ -255,6 +255,18 @@ def test_mistakes_end_in_a_sentence(place, change, options, complaint):
     assert complaint in sentence.group()
 
 
+def test_without_cma_nothing_is_written(place, monkeypatch):
+    from click.testing import CliRunner
+
+    from mergekit_pcb import cli
+
+    monkeypatch.setitem(sys.modules, "cma", None)
+    result = CliRunner().invoke(cli.main, ["search", *map(str, arguments(place))])
+    assert "pip install cma" in result.output
+    assert not (place / "best.search").exists()
+    assert not (place / "best.yml").exists()
+
+
 def test_damaged_logs_are_refused(place):
     run("mergekit-pcb", "search", *arguments(place, budget=3))
     log = place / "best.search" / "trials.jsonl"
