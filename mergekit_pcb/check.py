@@ -101,7 +101,8 @@ def check(text: str, options: Any) -> Report:
         report.error("file", "it is empty")
     several = len(documents) > 1
     for number, document in enumerate(documents):
-        prefix = f"stage {document.get('name', number + 1)}: " if several else ""
+        name = document.get("name") if isinstance(document, dict) else None
+        prefix = f"stage {name or number + 1}: " if several else ""
         _check_document(report, document, prefix, {"name"} if several else set())
     if not several and not report.errors:
         _look(report, text, documents[0], options)
@@ -258,7 +259,7 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
         report.outlook = _outlook(report, plan, document)
     except click.ClickException as error:
         report.error("plan", error.format_message())
-    except (OSError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         report.error("plan", f"mergekit cannot plan it: {_one_line(error)}")
     finally:
         logger.setLevel(level)

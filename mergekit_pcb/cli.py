@@ -100,7 +100,7 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
 
     figures.require_matplotlib()
     merge_options = _merge_options(options)
-    with _explained(config):
+    with _explained(f"merge {config}"):
         found = report.observe(_text_of(config), merge_options)
     rows, remarks = report.summary(found), report.remarks(found)
     files = report.write(found, figures.page(found, rows, remarks), output)
@@ -114,7 +114,7 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
 
 
 @contextlib.contextmanager
-def _explained(config: pathlib.Path) -> Iterator[None]:
+def _explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[None]:
     """Turn what mergekit, pydantic and the Hub's client say of a configuration into a sentence."""
     try:
         yield
@@ -122,7 +122,7 @@ def _explained(config: pathlib.Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise PCBError(f"merge {config}", reason, "see `mergekit-pcb check`") from None
+        raise PCBError(what, reason, remedy) from None
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -214,7 +214,7 @@ def search(
         timeout,
     )
     merge_options = _merge_options(options)
-    with _explained(config):
+    with _explained(f"merge {config}"):
         found = search.run(job, merge_options, resume=resume)
     best = found.best
     if best is None:
@@ -269,15 +269,9 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     if target.exists() and not target.is_file():
         raise PCBError(f"write {output}", "it is no ordinary file", "name another")
     merge_options = _merge_options(options)
-    try:
+    with _explained(f"measure {config}", "correct it, or the options"):
         device = torch.device(merge_options.device)
-        plan = checkpoints.plan_without_merging(config.read_text(encoding="utf-8"), merge_options)
-    except click.ClickException:
-        raise
-    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
-        # What mergekit, pydantic and the Hub's client say of a configuration they cannot use.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise PCBError(f"measure {config}", reason, "correct it, or the options") from None
+        plan = checkpoints.plan_without_merging(_text_of(config), merge_options)
     document = whole_model.measure_to_document(plan, device, quiet=merge_options.quiet)
     try:
         document.write(output)
@@ -292,13 +286,14 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
 def _merge_options(arguments: tuple[str, ...]) -> Any:
     from mergekit.options import add_merge_options
 
-    @click.command("mergekit-pcb measure")
+    @click.command()
     @add_merge_options  # type: ignore[untyped-decorator]
     def parse(merge_options: Any) -> Any:
         merge_options.apply_global_options()
         return merge_options
 
-    return parse.main(list(arguments), standalone_mode=False)
+    name = click.get_current_context().command_path
+    return parse.main(list(arguments), prog_name=name, standalone_mode=False)
 
 
 @main.command()

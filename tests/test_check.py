@@ -107,9 +107,20 @@ def test_mistakes(tmp_path, family, place, change, complaint):
         assert f"models[1] ({family[2]})" in found
 
 
-@pytest.mark.parametrize("text", ["a: [", "", "- 1\n- 2", "merge_method: pcb\nmodels: 3"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "", "- 1\n- 2", "merge_method: pcb\nmodels: 3", "- 1\n---\n- 2"]
+)
 def test_what_is_no_configuration(tmp_path, text):
     assert errors(tmp_path, text)
+
+
+def test_an_unknown_option_names_the_command(tmp_path, family):
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(configuration(family)))
+    result = run("mergekit-pcb", "check", file, "--bogus", check=False)
+    assert result.returncode == 2
+    assert "mergekit-pcb check" in result.stderr
+    assert "mergekit-pcb measure" not in result.stderr
 
 
 def test_every_mistake_is_found_at_once(tmp_path, family):
