@@ -79,17 +79,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: where it starts, and between which bounds."""
+    """What is searched: where it starts, and between which bounds; no weights: not those."""
 
     weights: tuple[float, ...]
     shared: tuple[tuple[str, float], ...] = ()
     bounds: tuple[float, float] = BOUNDS["weight"]
-    search_weights: bool = True
 
     def axes(self) -> list[tuple[str, float, float, float]]:
         """Name, start, lowest and highest value of every number that is searched."""
         found = [(f"weight of model {i + 1}", w, *self.bounds) for i, w in enumerate(self.weights)]
-        found = found if self.search_weights else []
         found += [(name, value, *BOUNDS[name]) for name, value in self.shared]
         for name, start, low, high in found:
             if not low <= start <= high:
@@ -126,7 +124,7 @@ def search(
         count += 1
         values = [round(float(v), DIGITS) for v in lows + np.array(place) * (highs - lows)]
         split = len(values) - len(space.shared)
-        weights = values[:split] if space.search_weights else list(space.weights)
+        weights = values[:split]
         shared = {name: v for (name, _), v in zip(space.shared, values[split:], strict=True)}
         if count <= len(past):
             trial = past[count - 1]
@@ -300,9 +298,8 @@ def space_of(job: Job) -> Space:
                     "write one at the top level to start from",
                 )
             shared.append((name, number(name, {}, default)))
-    searching = "weight" in job.searched
-    weights = [number("weight", values, 1.0) for values in own] if searching else []
-    return Space(tuple(weights), tuple(shared), job.bounds, searching)
+    weights = [number("weight", values, 1.0) for values in own if "weight" in job.searched]
+    return Space(tuple(weights), tuple(shared), job.bounds)
 
 
 def configured(
@@ -312,8 +309,7 @@ def configured(
     made = copy.deepcopy(configuration)
     if weights:
         for entry, weight in zip(tasks_of(made), weights, strict=True):
-            entry.setdefault("parameters", {})
-            entry["parameters"] = {**(entry["parameters"] or {}), "weight": weight}
+            entry["parameters"] = {**(entry.get("parameters") or {}), "weight": weight}
     if shared:
         made["parameters"] = {**(made.get("parameters") or {}), **shared}
     return made
@@ -457,9 +453,7 @@ class _Merges:
             return self._trial
         if not (self._parts / "index.json").exists():
             self._measure()
-        index = json.loads((self._parts / "index.json").read_text())
-        scale = shared.get("lambda", index["lambda"])
-        self._sum(index["files"], [scale * weight for weight in weights or index["weights"]])
+        self._sum(weights, shared.get("lambda"))
         return self._trial
 
     def clean(self) -> None:
@@ -476,32 +470,35 @@ class _Merges:
 
         self.clean()
         self._parts.mkdir()
-        files: dict[str, str] = {}
+        index: dict[str, Any] = {}
 
         def keep(
-            aligned: Aligned, statistics: Statistics, positions: Sequence[int], *_: Any
+            aligned: Aligned,
+            statistics: Statistics,
+            positions: Sequence[int],
+            weights: Sequence[float],
+            scale: float,
         ) -> None:
             parts = contributions_of(aligned, statistics)
             state = {f"task {p}": part.cpu() for p, part in zip(positions, parts, strict=True)}
             state["base"] = aligned.base.to(statistics.dtype).cpu()
-            file = f"{len(files):06d}.safetensors"
-            files[aligned.name] = file
+            file = f"{len(index):06d}.safetensors"
+            own = {
+                str(position): weight for position, weight in zip(positions, weights, strict=True)
+            }
+            index[aligned.name] = {"file": file, "weights": own, "lambda": scale}
             save_file(state, self._parts / file)
 
         with observed(keep):
             self._merge(self._job.configuration, self._skeleton)
-        common = self._job.configuration.get("parameters") or {}
-        weights = [
-            (entry.get("parameters") or {}).get("weight", common.get("weight", 1.0))
-            for entry in tasks_of(self._job.configuration)
-        ]
-        index = {"files": files, "lambda": common.get("lambda", 1.0), "weights": weights}
         _replace(self._parts / "index.json", json.dumps(index))
 
-    def _sum(self, files: dict[str, str], weights: Sequence[float]) -> None:
+    def _sum(self, weights: Sequence[float], scale: float | None) -> None:
+        """Write the sum for these values; for those that are not searched, as they were merged."""
         from safetensors import safe_open
         from safetensors.torch import load_file, save_file
 
+        index = json.loads((self._parts / "index.json").read_text())
         self._trial.mkdir()
         for file in self._skeleton.iterdir():
             if file.suffix != ".safetensors":
@@ -512,10 +509,13 @@ class _Merges:
                 metadata = handle.metadata()
                 for name in handle.keys():  # noqa: SIM118 - no mapping
                     state[name] = handle.get_tensor(name)
-            for name in files.keys() & state.keys():
-                parts = load_file(self._parts / files[name])
+            for name in index.keys() & state.keys():
+                merged = index[name]
+                parts = load_file(self._parts / merged["file"])
                 value = parts.pop("base")
-                for key, part in parts.items():
-                    value.add_(part, alpha=weights[int(key.removeprefix("task "))])
+                factor = merged["lambda"] if scale is None else scale
+                for position, weight in merged["weights"].items():
+                    chosen = weights[int(position)] if weights else weight
+                    value.add_(parts[f"task {position}"], alpha=factor * chosen)
                 state[name] = value.to(state[name].dtype).view(state[name].shape)
             save_file(state, self._trial / file.name, metadata=metadata)

@@ -229,6 +229,23 @@ def test_trials_are_what_merges_give(place, family):
     assert (merges._trial / "config.json").exists()
 
 
+def test_weights_that_are_not_searched_stay_as_configured(place):
+    """Gradients and numerals included: a sum of files against a merge."""
+    from mergekit.options import MergeOptions
+
+    from mergekit_pcb.search import Job, _Merges, configured
+
+    config = yaml.safe_load((place / "config.yml").read_text())
+    config["models"][0]["parameters"] = {"weight": [0.5, 1.5]}
+    config["parameters"]["weight"] = "5e-1"
+    job = Job(config, "", place / "b.yml", place / "work", searched=("lambda",))
+    job.folder.mkdir()
+    made = tensors(_Merges(job, MergeOptions(copy_tokenizer=False)).trial([], {"lambda": 0.9}))
+    out, _ = merge(place / "again", configured(config, [], {"lambda": 0.9}))
+    for name, tensor in tensors(out).items():
+        assert torch.allclose(made[name], tensor, rtol=1e-6, atol=1e-8), name
+
+
 @pytest.mark.parametrize(
     ("change", "options", "complaint"),
     [
