@@ -6,15 +6,14 @@ all ones is the model without it. The paper merges such adapters for T0-3B.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
 import pickle
 
 import torch
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import written_whole
 
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 SUFFIX = "ia3_l"
@@ -65,15 +64,11 @@ def write(state: dict[str, torch.Tensor], file: pathlib.Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file(state, unfinished, metadata={"format": "pt"})
-        unfinished.replace(file)
+        with written_whole(file) as unfinished:
+            save_file(state, unfinished, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise PCBError(f"write {file}", _reason(error), "name another file") from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def _config(folder: pathlib.Path) -> dict[str, object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from mergekit_pcb import dare
 from mergekit_pcb.balance import Balance
 from mergekit_pcb.dare import Dare
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import written_whole
 from mergekit_pcb.statistics import Recipe, Statistics
 
 
@@ -117,13 +117,8 @@ class Document(_Strict):
 
     def write(self, path: pathlib.Path) -> None:
         """Write all of the document or none of it."""
-        path = path.resolve()  # a link stays a link
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with written_whole(path) as unfinished:
             unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import mergekit_pcb
 from mergekit_pcb import checkpoints, merging
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import written_whole
 from mergekit_pcb.method import observed
 from mergekit_pcb.statistics import Statistics
 from mergekit_pcb.task_vectors import Aligned, Scratch
@@ -294,31 +295,18 @@ def write(report: Report, page: str, folder: pathlib.Path) -> list[pathlib.Path]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         html, data, table = (folder / n for n in ("report.html", "report.json", "tensors.csv"))
-        _write(html, page)
-        _write(data, report.model_dump_json(indent=1) + "\n")
-        _write_csv(table, report)
+        with written_whole(html) as unfinished:
+            unfinished.write_text(page, encoding="utf-8")
+        with written_whole(data) as unfinished:
+            unfinished.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        with (
+            written_whole(table) as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="") as rows,
+        ):
+            csv.writer(rows).writerows(csv_rows(report))
     except OSError as error:
         raise PCBError(f"write {folder}", str(error.strerror), "name another folder") from None
     return [html, data, table]
-
-
-def _write(file: pathlib.Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _write_csv(file: pathlib.Path, report: Report) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as out:
-            csv.writer(out).writerows(csv_rows(report))
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def csv_rows(report: Report) -> Iterable[list[Any]]:

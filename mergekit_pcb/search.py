@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from mergekit_pcb import checkpoints
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import written_whole
 from mergekit_pcb.merging import contributions as contributions_of
 from mergekit_pcb.method import observed
 from mergekit_pcb.state_dicts import Model, StateDict, combine, contributions
@@ -397,12 +398,8 @@ def _append(file: pathlib.Path, line: str) -> None:
 
 
 def _replace(file: pathlib.Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with written_whole(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_best(job: Job, best: Trial) -> None:

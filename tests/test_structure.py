@@ -15,6 +15,7 @@ ARROWS = {
     "__main__": {"cli"},
     "_autoload": {"method"},
     "errors": set(),
+    "files": set(),
     "balance": set(),
     "ranks": set(),
     "dare": set(),
@@ -22,7 +23,7 @@ ARROWS = {
     "statistics": {"balance", "dare", "ranks", "task_vectors"},
     "merging": {"balance", "statistics", "task_vectors"},
     "checkpoints": {"errors", "task_vectors"},
-    "document": {"balance", "dare", "errors", "statistics"},
+    "document": {"balance", "dare", "errors", "files", "statistics"},
     "whole_model": {
         "balance",
         "checkpoints",
@@ -42,7 +43,7 @@ ARROWS = {
         "whole_model",
     },
     "demo": {"errors"},
-    "adapters": {"errors"},
+    "adapters": {"errors", "files"},
     "check": {"checkpoints", "errors", "method", "task_vectors", "whole_model"},
     "state_dicts": {
         "merging",
@@ -58,12 +59,21 @@ ARROWS = {
         "checkpoints",
         "merging",
         "errors",
+        "files",
         "method",
         "state_dicts",
         "statistics",
         "task_vectors",
     },
-    "report": {"checkpoints", "errors", "merging", "method", "statistics", "task_vectors"},
+    "report": {
+        "checkpoints",
+        "errors",
+        "files",
+        "merging",
+        "method",
+        "statistics",
+        "task_vectors",
+    },
     "figures": {"errors", "report"},  # the last only for type checkers
     "cli": {
         "adapters",
@@ -86,6 +96,7 @@ WITHOUT_MERGEKIT = {
     "statistics",
     "merging",
     "errors",
+    "files",
     "demo",
 }
 
