@@ -12,7 +12,7 @@ import pickle
 
 import torch
 
-from mergekit_pcb.errors import PCBError
+from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.files import written_whole
 
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -68,7 +68,7 @@ def write(state: dict[str, torch.Tensor], file: pathlib.Path) -> None:
         with written_whole(file) as unfinished:
             save_file(state, unfinished, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise PCBError(f"write {file}", _reason(error), "name another file") from None
+        raise PCBError(f"write {file}", one_line(error), "name another file") from None
 
 
 def _config(folder: pathlib.Path) -> dict[str, object]:
@@ -100,9 +100,5 @@ def _read(file: pathlib.Path) -> dict[str, torch.Tensor]:
         pickle.UnpicklingError,
     ) as error:
         raise PCBError(
-            f"read {file}", _reason(error), "name an adapter's folder or file of weights"
+            f"read {file}", one_line(error), "name an adapter's folder or file of weights"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

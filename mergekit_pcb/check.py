@@ -33,9 +33,9 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel
 
 from mergekit_pcb import checkpoints, whole_model
-from mergekit_pcb.errors import PCBError
+from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
 from mergekit_pcb.method import PARAMETERS, check_shapes, left_out
-from mergekit_pcb.task_vectors import chunk_elements, scratch_chunks, working_dtype
+from mergekit_pcb.task_vectors import chunk_elements, promoted, scratch_chunks, working_dtype
 
 ERROR: Literal["error"] = "error"
 WARNING: Literal["warning"] = "warning"
@@ -95,7 +95,7 @@ def check(text: str, options: Any) -> Report:
     try:
         documents = [d for d in yaml.safe_load_all(text) if d is not None]
     except yaml.YAMLError as error:
-        report.error("file", f"it is not YAML: {_one_line(error)}")
+        report.error("file", f"it is not YAML: {one_line(error)}")
         return report
     if not documents:
         report.error("file", "it is empty")
@@ -128,7 +128,7 @@ def _check_document(report: Report, document: Any, prefix: str, extra: set[str])
             else f"{method} is not what this command checks: it knows pcb",
         )
         return
-    raw = _is_raw(document)
+    raw = checkpoints.is_raw(document)
     kind = RawPyTorchMergeConfig if raw else MergeConfiguration
     _check_fields(report, document, f"{prefix}top level", {*kind.model_fields, *extra})
     _check_parameters(report, document, f"{prefix}parameters", per_model=False)
@@ -259,8 +259,8 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
         report.outlook = _outlook(report, plan, document)
     except click.ClickException as error:
         report.error("plan", error.format_message())
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        report.error("plan", f"mergekit cannot plan it: {_one_line(error)}")
+    except HOST_ERRORS as error:
+        report.error("plan", f"mergekit cannot plan it: {one_line(error)}")
     finally:
         logger.setLevel(level)
     if report.errors:
@@ -284,12 +284,13 @@ def _outlook(report: Report, plan: checkpoints.Plan, document: dict[str, Any]) -
             whole_model.reuse(plan, pathlib.Path(path))
         except PCBError as error:
             report.error("statistics", error.format_message())
-    outlook = _sizes(report, plan, document)
-    measuring = 2 if scope == whole_model.MODEL and not path else 0
-    return outlook.model_copy(update={"scope": scope, "reads": measuring + 1})
+    reads = 3 if scope == whole_model.MODEL and not path else 1
+    return _sizes(report, plan, document, scope, reads)
 
 
-def _sizes(report: Report, plan: checkpoints.Plan, document: dict[str, Any]) -> Outlook:
+def _sizes(
+    report: Report, plan: checkpoints.Plan, document: dict[str, Any], scope: str, reads: int
+) -> Outlook:
     rounded: dict[str, str] = {}
     partly: list[str] = []
     elements = read = written = peak = 0
@@ -316,7 +317,7 @@ def _sizes(report: Report, plan: checkpoints.Plan, document: dict[str, Any]) -> 
             if any(t.dtype != base.dtype or not torch.equal(t, base) for t in held.values()):
                 report.error(name, "it holds integers that differ, which mergekit refuses")
             continue
-        cast = plan.dtype or _promoted(held.values())
+        cast = plan.dtype or promoted(held.values())
         for model, tensor in held.items():
             if plan.dtype is not None and tensor.dtype.itemsize > plan.dtype.itemsize:
                 rounded.setdefault(str(model), str(tensor.dtype).removeprefix("torch."))
@@ -342,12 +343,12 @@ def _sizes(report: Report, plan: checkpoints.Plan, document: dict[str, Any]) -> 
         more = f" and {len(partly) - 1} more" if len(partly) > 1 else ""
         report.warn("tensors", f"not every model has {partly[0]}{more}")
     return Outlook(
-        scope="",
+        scope=scope,
         tasks=len(plan.models),
         tensors=len(plan.tasks),
         elements=elements,
         input_bytes=read,
-        reads=0,
+        reads=reads,
         output_bytes=written,
         peak_bytes=peak,
         largest=largest,
@@ -370,25 +371,9 @@ def _paths(document: dict[str, Any]) -> Iterator[str]:
     yield from dict.fromkeys(part for text in texts for part in text.split("+"))
 
 
-def _promoted(tensors: Iterable[torch.Tensor]) -> torch.dtype:
-    first, *others = [tensor.dtype for tensor in tensors]
-    for dtype in others:
-        first = torch.promote_types(first, dtype)
-    return first
-
-
 def _dtype(name: Any) -> torch.dtype | None:
     found = getattr(torch, str(name).removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
-
-
-def _is_raw(document: dict[str, Any]) -> bool:
-    base = document.get("base_model")
-    return isinstance(base, str) and pathlib.Path(base).is_file()
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def sentences(report: Report) -> Sequence[str]:

@@ -89,8 +89,7 @@ class Plan:
     @property
     def models(self) -> tuple[Hashable, ...]:
         """The tasks' models in configuration order, without the base."""
-        first = self.tasks[0]
-        return tuple(model for model in first.model_order if model != first.base_model)
+        return models_of(self.tasks[0])
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -295,6 +294,17 @@ def plan_of(task: ExecuteMergeMethodTask) -> Plan | None:
         return next((plan for plan in reversed(_plans) if task in plan), None)
 
 
+def is_raw(document: Mapping[str, Any]) -> bool:
+    """Whether a configuration is for mergekit-pytorch: its base model is a file."""
+    base = document.get("base_model")
+    return isinstance(base, str) and pathlib.Path(base).is_file()
+
+
+def models_of(task: ExecuteMergeMethodTask) -> tuple[Hashable, ...]:
+    """The models of a planned tensor in configuration order, without the base."""
+    return tuple(model for model in task.model_order if model != task.base_model)
+
+
 def plan_without_merging(configuration: str, options: Any) -> Plan:
     """Plan a merge as mergekit's commands do, and stop there.
 
@@ -306,9 +316,8 @@ def plan_without_merging(configuration: str, options: Any) -> Plan:
         raise PCBError(
             "look into this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
         )
-    base = document.get("base_model")
     begin()
-    if isinstance(base, str) and pathlib.Path(base).is_file():
+    if is_raw(document):
         _plan_files(document, options)
     else:
         _plan_models(document, options)
@@ -323,8 +332,7 @@ def plan_without_merging(configuration: str, options: Any) -> Plan:
 def run(configuration: str, out: pathlib.Path, options: Any) -> None:
     """Run a whole merge in this process, as mergekit-yaml or mergekit-pytorch would."""
     document = yaml.safe_load(configuration)
-    base = document.get("base_model")
-    if isinstance(base, str) and pathlib.Path(base).is_file():
+    if is_raw(document):
         from mergekit.graph import Executor
         from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 

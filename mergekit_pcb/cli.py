@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 import yaml
 
 import mergekit_pcb
-from mergekit_pcb.errors import PCBError
+from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
 
-_PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
+# mergekit's own options pass through a command's, to be read by _merge_options.
+_HOST_OPTIONS = {"ignore_unknown_options": True}
+_PASS_ON = {**_HOST_OPTIONS, "help_option_names": []}
+_config = click.argument(
+    "config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
+)
+_host_options = click.argument("options", nargs=-1, type=click.UNPROCESSED)
+
+
+def _output(what: str, *, folder: bool = False) -> Callable[[Any], Any]:
+    kind = click.Path(dir_okay=folder, file_okay=not folder, path_type=pathlib.Path)
+    return click.option("-o", "--output", type=kind, required=True, help=what)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,10 +60,10 @@ _host_command("multi", "mergekit.scripts.multimerge")
 _host_command("pytorch", "mergekit.scripts.merge_raw_pytorch")
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@main.command(context_settings=_HOST_OPTIONS)
+@_config
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@_host_options
 def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None:
     """Look for mistakes in a configuration and say what the merge would do.
 
@@ -75,16 +87,10 @@ def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None
         raise SystemExit(1)
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=pathlib.Path),
-    required=True,
-    help="The folder to write; it may exist.",
-)
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@main.command(context_settings=_HOST_OPTIONS)
+@_config
+@_output("The folder to write; it may exist.", folder=True)
+@_host_options
 def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]) -> None:
     """Show what the competition of a merge looks like, without merging to disk.
 
@@ -120,13 +126,12 @@ def _explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[
         yield
     except click.ClickException:
         raise
-    except (OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise PCBError(what, reason, remedy) from None
+    except (*HOST_ERRORS, yaml.YAMLError) as error:
+        raise PCBError(what, one_line(error), remedy) from None
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@main.command(context_settings=_HOST_OPTIONS)
+@_config
 @click.option(
     "--evaluate",
     "command",
@@ -135,13 +140,7 @@ def _explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[
     help="Shell command; {model} is the folder to score, the last number it prints the score.",
 )
 @click.option("--budget", type=click.IntRange(1), default=100, show_default=True, help="Trials.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    required=True,
-    help="Where the best configuration goes.",
-)
+@_output("Where the best configuration goes.")
 @click.option(
     "--search",
     "searched",
@@ -160,7 +159,7 @@ def _explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[
     help="Folder for log and trials. Default: the output's name with .search.",
 )
 @click.option("--resume", is_flag=True, help="Continue a search that was stopped.")
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@_host_options
 def search(
     config: pathlib.Path,
     command: str,
@@ -192,15 +191,16 @@ def search(
         raise PCBError(
             "evaluate", "the command does not name the model", "write {model} where its path goes"
         )
-    if not bounds[0] < bounds[1]:
-        raise PCBError("search", f"there is nothing between {bounds}", "give LOW HIGH")
+    if not -math.inf < bounds[0] < bounds[1] < math.inf:
+        what = f"{bounds[0]:g} and {bounds[1]:g} bound nothing to search"
+        raise PCBError("search", what, "give LOW HIGH, two numbers")
     if not output.resolve().parent.is_dir():
         raise PCBError(f"write {output}", "its folder does not exist", "name another file")
     try:
         document = yaml.safe_load(_text_of(config))
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise PCBError(f"read {config}", f"it is not YAML ({reason})", "correct it") from None
+        why = f"it is not YAML ({one_line(error)})"
+        raise PCBError(f"read {config}", why, "correct it") from None
     job = search.Job(
         document if isinstance(document, dict) else {},
         command,
@@ -232,20 +232,13 @@ def _text_of(config: pathlib.Path) -> str:
     try:
         return config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise PCBError(f"read {config}", reason, "name a YAML file in UTF-8") from None
+        raise PCBError(f"read {config}", one_line(error), "name a YAML file in UTF-8") from None
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    required=True,
-    help="The document to write.",
-)
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@main.command(context_settings=_HOST_OPTIONS)
+@_config
+@_output("The document to write.")
+@_host_options
 def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]) -> None:
     """Measure the statistics that a merge with `scope: model` needs, without merging.
 
@@ -298,13 +291,7 @@ def _merge_options(arguments: tuple[str, ...]) -> Any:
 
 @main.command()
 @click.argument("adapter", type=click.Path(exists=True, path_type=pathlib.Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    required=True,
-    help="The safetensors file to write.",
-)
+@_output("The safetensors file to write.")
 def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
     """Write the (IA)³ adapter that changes nothing, to merge others against.
 

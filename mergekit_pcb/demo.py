@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,14 +113,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _train_all(directory: pathlib.Path, schedule: Schedule) -> dict[str, torch.Tensor]:
-    tokenizer, domains = _tokenize({domain: _texts(domain) for domain in DOMAINS})
-    model = _new_model()
+    tokenizer, domains = _tokenize({domain: texts(domain) for domain in DOMAINS})
+    model = new_model()
     steps = schedule.base_steps + len(EXPERTS) * schedule.expert_steps
     with tqdm(total=steps, unit="step") as progress:
 
-        def train(name: str, sequences: torch.Tensor, steps: int, rate: float) -> None:
+        def train(name: str, data: torch.Tensor, steps: int, rate: float) -> None:
             progress.set_description(f"training {name}")
-            _train(model, sequences, steps, rate, progress.update)
+            _train(model, data, steps, rate, progress.update)
             model.save_pretrained(directory / name)
             tokenizer.save_pretrained(directory / name)
 
@@ -133,26 +133,29 @@ def _train_all(directory: pathlib.Path, schedule: Schedule) -> dict[str, torch.T
     return {name: domain.held_out for name, domain in domains.items()}
 
 
-def _texts(domain: str) -> list[str]:
-    """Text of one domain from the files of this installation, in an order of its own."""
+def texts(domain: str, per_file: int = TEXT_PER_FILE, total: int = TEXT_PER_DOMAIN) -> list[str]:
+    """Text of one domain from the files of this installation, in an order of its own.
+
+    ``per_file`` and ``total`` are numbers of characters. Raises :class:`PCBError`.
+    """
     packages = pathlib.Path(sysconfig.get_path("purelib"))
-    files = {
+    sources: dict[str, Callable[[], Iterable[pathlib.Path]]] = {
         "python": lambda: pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"),
-        "c++": lambda: pathlib.Path(torch.__file__).parent.glob("include/**/*.h"),
+        "c++": lambda: _headers(pathlib.Path(torch.__file__).parent / "include"),
         "prose": lambda: packages.glob("*.dist-info/METADATA"),
         "json": lambda: packages.glob("*/**/*.json"),
-    }[domain]()
-    ordered = sorted(files)
+    }
+    ordered = sorted(sources[domain]())
     random.Random(domain).shuffle(ordered)  # noqa: S311 - not for secrets
-    texts: list[str] = []
+    found: list[str] = []
     size = 0
     for file in ordered:
         text = file.read_text(encoding="utf-8", errors="ignore")
         if domain == "prose":
             text = text.partition("\n\n")[2]  # the description after the fields
-        texts.append(text[:TEXT_PER_FILE])
-        size += len(texts[-1])
-        if size >= TEXT_PER_DOMAIN:
+        found.append(text[:per_file])
+        size += len(found[-1])
+        if size >= total:
             break
     if size < TEXT_PER_DOMAIN // 8:
         raise PCBError(
@@ -160,12 +163,17 @@ def _texts(domain: str) -> list[str]:
             f"the installed packages hold only {size} characters of it",
             "install torch and mergekit from their wheels in this environment",
         )
-    return texts
+    return found
 
 
-def _tokenize(texts: dict[str, list[str]]) -> tuple[Any, dict[str, Domain]]:
+def _headers(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All headers but thousands that are generated and much the same."""
+    return [file for file in folder.glob("**/*.h") if file.parent != folder / "ATen" / "ops"]
+
+
+def new_tokenizer(texts: Iterable[str]) -> Any:
+    """A byte-level tokenizer of ``VOCABULARY`` tokens, trained on these texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -176,25 +184,35 @@ def _tokenize(texts: dict[str, list[str]]) -> tuple[Any, dict[str, Domain]]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def sequences(tokenizer: Any, files: Sequence[str]) -> torch.Tensor:
+    """All tokens of the files one after another, as ``[any, CONTEXT]``."""
+    ids = [token for encoding in tokenizer.encode_batch(files) for token in encoding.ids]
+    return torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
+
+
+def _tokenize(texts: dict[str, list[str]]) -> tuple[Any, dict[str, Domain]]:
+    from transformers import PreTrainedTokenizerFast
+
     split = {name: math.ceil(len(files) * (1 - HELD_OUT_SHARE)) for name, files in texts.items()}
-    tokenizer.train_from_iterator(
-        [text for name, files in texts.items() for text in files[: split[name]]], trainer
+    tokenizer = new_tokenizer(
+        [text for name, files in texts.items() for text in files[: split[name]]]
     )
-
-    def sequences(files: list[str]) -> torch.Tensor:
-        ids = [token for encoding in tokenizer.encode_batch(files) for token in encoding.ids]
-        return torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
-
     domains = {
         name: Domain(
-            sequences(files[: split[name]]), sequences(files[split[name] :])[:HELD_OUT_SEQUENCES]
+            sequences(tokenizer, files[: split[name]]),
+            sequences(tokenizer, files[split[name] :])[:HELD_OUT_SEQUENCES],
         )
         for name, files in texts.items()
     }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), domains  # noqa: S106 - no password
 
 
-def _new_model() -> Any:
+def new_model() -> Any:
+    """A small Llama of random weights, for ``VOCABULARY`` tokens and ``CONTEXT`` of them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

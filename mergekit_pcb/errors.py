@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import click
 
+#: What mergekit, pydantic and the Hub's client raise for a configuration they cannot use.
+HOST_ERRORS = (OSError, RuntimeError, TypeError, ValueError)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, fit for the middle of a sentence."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
 
 class _ThreeBeats(click.ClickException):
     """mergekit's commands are click commands: click prints this as one ``Error:`` line.

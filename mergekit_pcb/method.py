@@ -279,7 +279,9 @@ class PCBMerge(GroupMergeMethod):
         parameters = [
             {
                 **values,
-                "models": _models_of(task) if task else [entry.id for entry in group.non_base],
+                "models": checkpoints.models_of(task)
+                if task
+                else [entry.id for entry in group.non_base],
                 "measured": measured,
             }
             for group, values in zip(groups, parameters, strict=True)
@@ -356,11 +358,6 @@ def observed(observe: Observer) -> Iterator[None]:
         _observers.remove(observe)
 
 
-def _models_of(task: ExecuteMergeMethodTask) -> list[Hashable]:
-    """The models of a configuration, in its order, without the base."""
-    return [model for model in task.model_order if model != task.base_model]
-
-
 def _measure_in_memory(
     groups: Sequence[TensorGroup],
     parameters: Sequence[dict[str, Any]],
@@ -379,10 +376,9 @@ def _measure_in_memory(
     walk = [
         _aligned(align_dtype(group, dtype)) for group, dtype in zip(groups, dtypes, strict=True)
     ]
-    dtype = max((working_dtype(aligned.base.dtype) for aligned in walk), key=lambda d: d.itemsize)
     base = groups[0].base
     ids = [base.id if base else None, *(task.id for task in groups[0].non_base)]
-    return whole_model.of_groups(walk, recipes.pop(), dtype, ids)
+    return whole_model.of_groups(walk, recipes.pop(), ids)
 
 
 def _recipe(group: TensorGroup, parameters: dict[str, Any], positions: Sequence[int]) -> Recipe:
@@ -413,7 +409,7 @@ def _look_at_caller(names: dict[str, Any]) -> None:
     elif (task := checkpoints.planned_task(names)) is not None:
         plan = checkpoints.record(task)
         whole_model.check(plan, task)
-        for model in _models_of(task):
+        for model in checkpoints.models_of(task):
             values = task.input_parameters[model]
             _advise(plan.remarks, model, values["density"], values["dare_density"])
             if values["dare_density"] < 1:

@@ -31,7 +31,17 @@ from mergekit_pcb.task_vectors import Aligned, Scratch
 NO_LAYER = "other"
 
 
-class TaskCounts(BaseModel):
+class _Counts(BaseModel):
+    """Numbers that can be added up."""
+
+    def add_numbers(self, other: _Counts) -> None:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, (int, float)):
+                setattr(self, name, value + getattr(other, name))
+
+
+class TaskCounts(_Counts):
     """One task in one tensor (or in several, added up)."""
 
     #: Elements that the task changed, and those that keep a weight above zero.
@@ -43,12 +53,8 @@ class TaskCounts(BaseModel):
     #: Sum of the magnitudes that are merged of it, weight and lambda included.
     merged_abs: float = 0.0
 
-    def add(self, other: TaskCounts) -> None:
-        for name in type(self).model_fields:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
-
-class TensorCounts(BaseModel):
+class TensorCounts(_Counts):
     """One tensor, or several added up."""
 
     elements: int = 0
@@ -68,18 +74,14 @@ class TensorCounts(BaseModel):
     tasks: list[TaskCounts] = []
 
     def add(self, other: TensorCounts) -> None:
-        for name in (
-            "elements", "tensors", "unchanged", "met_before", "conflicts_before", "met_after",
-            "conflicts_after", "base_sq", "merged_sq",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.add_numbers(other)
         self.kept_by = [a + b for a, b in zip(self.kept_by, other.kept_by, strict=True)]
         self.both = [
             [a + b for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.both, other.both, strict=True)
         ]
         for mine, theirs in zip(self.tasks, other.tasks, strict=True):
-            mine.add(theirs)
+            mine.add_numbers(theirs)
 
     @classmethod
     def empty(cls, tasks: int) -> TensorCounts:
@@ -174,7 +176,7 @@ class _Counter:
             for row, position in enumerate(positions):
                 own, part = counts.tasks[position], parts[row] * scale * weights[row]
                 merged += part
-                own.add(
+                own.add_numbers(
                     TaskCounts(
                         changed=int(changed[row].sum()),
                         kept=int(kept[row].sum()),

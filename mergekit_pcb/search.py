@@ -218,6 +218,7 @@ def search_weights(
     sum. ``budget`` counts calls of ``score``; the first is at ``start``. An exception of
     ``score`` ends the search.
     """
+    _cma()  # complain before the work
     parts = contributions(base, experts, **parameters)
     begin = [start] * len(parts) if isinstance(start, (int, float)) else list(start)
     space = Space(tuple(map(float, begin)), bounds=bounds)
@@ -276,8 +277,13 @@ def tasks_of(configuration: dict[str, Any]) -> list[dict[str, Any]]:
 
 def space_of(job: Job) -> Space:
     """Where the search starts: the configuration's own values."""
-    common = job.configuration.get("parameters") or {}
-    own = [entry.get("parameters") or {} for entry in tasks_of(job.configuration)]
+    common, *own = (
+        entry.get("parameters") or {} for entry in (job.configuration, *tasks_of(job.configuration))
+    )
+    if not all(isinstance(values, dict) for values in (common, *own)):
+        raise PCBError(
+            "search this configuration", "its parameters are no mapping", "write `name: value`"
+        )
 
     def number(name: str, values: dict[str, Any], default: float) -> float:
         value = values.get(name, common.get(name, default))

@@ -16,7 +16,7 @@ from mergekit_pcb import dare, merging, whole_model
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.method import PARAMETERS
 from mergekit_pcb.statistics import Recipe, measure
-from mergekit_pcb.task_vectors import Aligned, working_dtype
+from mergekit_pcb.task_vectors import Aligned, promoted, working_dtype
 
 StateDict = dict[str, torch.Tensor]
 Model = Mapping[str, torch.Tensor] | torch.nn.Module
@@ -47,9 +47,7 @@ def contributions(
     names = ["the base", *(f"expert {number}" for number in range(len(experts)))]
     with whole_model.explained(None, names[0], names[1:]):
         if scope == whole_model.MODEL and walk:
-            dtypes = [working_dtype(aligned.base.dtype) for aligned in walk]
-            widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-            whole = measure(lambda: walk, sum(map(len, walk)), recipe, widest)
+            whole = whole_model.of_groups(walk, recipe, names)
         found: list[StateDict] = [{} for _ in experts]
         for aligned in walk:
             dtype = working_dtype(aligned.base.dtype)
@@ -113,9 +111,7 @@ def _aligned(name: str, states: Sequence[Mapping[str, torch.Tensor]]) -> Aligned
                 "merge only models fine-tuned from this base",
             )
     tensors = [state[name] for state in states]
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = promoted(tensors)
     base, *tasks = [tensor.to(dtype) for tensor in tensors]
     return Aligned.of(name, base, tasks)
 

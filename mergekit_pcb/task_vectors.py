@@ -6,8 +6,9 @@ to ``statistics.py``.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -160,6 +161,11 @@ def scratch_chunks(tasks: int) -> int:
     """How many buffers of a chunk's length measuring and merging use at most."""
     named = 10  # see the names given to Scratch
     return named + min(tasks, HELD_TASK_VECTORS) + (tasks > HELD_TASK_VECTORS)
+
+
+def promoted(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all of them, as mergekit chooses it."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

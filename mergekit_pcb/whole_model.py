@@ -19,7 +19,7 @@ from mergekit_pcb import checkpoints, dare, document
 from mergekit_pcb.document import Document
 from mergekit_pcb.errors import PCBError, PlanError
 from mergekit_pcb.statistics import NotFiniteError, OutOfRangeError, Recipe, Statistics, measure
-from mergekit_pcb.task_vectors import Aligned
+from mergekit_pcb.task_vectors import Aligned, working_dtype
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -32,7 +32,7 @@ TENSOR, MODEL = "tensor", "model"
 
 def recipe_of(task: ExecuteMergeMethodTask) -> Recipe:
     """What determines the statistics, from the parameters of a planned task."""
-    chosen = [task.input_parameters[m] for m in task.model_order if m != task.base_model]
+    chosen = [task.input_parameters[model] for model in checkpoints.models_of(task)]
     densities = [values["dare_density"] for values in chosen]
     return Recipe(
         tuple(values["density"] for values in chosen),
@@ -187,10 +187,10 @@ def _measure_plan(plan: Plan, device: torch.device | str, *, quiet: bool) -> tup
     return statistics, walks
 
 
-def of_groups(
-    groups: Sequence[Aligned], recipe: Recipe, dtype: torch.dtype, ids: Sequence[Hashable]
-) -> Statistics:
+def of_groups(groups: Sequence[Aligned], recipe: Recipe, ids: Sequence[Hashable]) -> Statistics:
     """The statistics of groups that are all in memory; ``ids`` names the base first."""
+    dtypes = (working_dtype(aligned.base.dtype) for aligned in groups)
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     with explained(None, ids[0], ids[1:]):
         return measure(lambda: groups, sum(map(len, groups)), recipe, dtype)
 
