@@ -101,16 +101,8 @@ class Plan:
 
     def files(self, model: Any) -> list[pathlib.Path]:
         """The files that the plan reads of a model: shards, and a tokenizer it aligns."""
-        loaders: Any
-        if self._is_raw():
-            from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-            loaders, key = SimpleLoaderCache(), model.model.path
-        else:
-            from mergekit.io.tasks import LoaderCache
-
-            loaders, key = LoaderCache(), model
-        index = loaders.get(key).index
+        cache, key = self._cache(model)
+        index = cache.get(key).index
         folder = pathlib.Path(index.base_path)
         names = [shard.filename for shard in index.shards]
         if any(hasattr(task.gather_tensors, "tokenizer_task") for task in self.tasks):
@@ -154,19 +146,14 @@ class Plan:
         is empty where mergekit fuses tensors, because only transformers knows which. Buffers
         that models make anew do not count.
         """
-        base: Any = self.tasks[0].base_model
-        if self._is_raw():
-            from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-            loader = SimpleLoaderCache().loaders.get(base.model.path)
-            held = loader.index.tensor_paths if loader is not None else {}
-            return sorted(set(held) - {task.output_weight.name for task in self.tasks})
-        from mergekit.io.tasks import LoaderCache
-
-        loader = LoaderCache().loaders.get(base)
+        cache, key = self._cache(self.tasks[0].base_model)
+        loader = cache.loaders.get(key)
         if loader is None:
             return []
-        held, planned = loader.index.tensor_paths, set()
+        held = loader.index.tensor_paths
+        if self._is_raw():
+            return sorted(set(held) - {task.output_weight.name for task in self.tasks})
+        planned: set[str] = set()
         for task in self.tasks:
             load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
             info = load.weight_info[task.base_model]
@@ -188,6 +175,16 @@ class Plan:
                 continue
             if isinstance(document, dict):
                 yield model, document
+
+    def _cache(self, model: Any) -> tuple[Any, Any]:
+        """The cache of mergekit's loaders for this plan, and what it calls a model."""
+        if self._is_raw():
+            from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+            return SimpleLoaderCache(), model.model.path
+        from mergekit.io.tasks import LoaderCache
+
+        return LoaderCache(), model
 
     def _is_raw(self) -> bool:
         return hasattr(self.tasks[0].gather_tensors, "tensors")

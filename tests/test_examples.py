@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,3 +85,20 @@ def test_every_example_says_in_two_lines_when_to_use_it(example):
     assert first.startswith("# ")
     assert second.startswith("# ")
     assert not third.startswith("#")
+
+
+def test_adamerging_gains_over_the_coefficients_it_starts_from():
+    """The example of one seed, with the README's command."""
+    script = ROOT / "examples" / "python" / "adamerge.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = {
+        name: float(value)
+        for name, value in re.findall(r"^(.+?) {2,}([\d.]+) ±", done.stdout, re.MULTILINE)
+    }
+    fixed = {name: value for name, value in found.items() if name.startswith("fixed")}
+    assert len(fixed) == 5
+    assert found["learned per task, from 0.3"] > max(fixed.values()) > found["base"]
+    assert found["learned per layer, from 0.3"] > found["fixed at 0.3"] + 5

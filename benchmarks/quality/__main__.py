@@ -1,0 +1,58 @@
+"""``python -m benchmarks.quality``: train, merge, measure, and print the tables.
+
+A record per suite and seed is written as it ends; records that are there are not made again,
+so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pathlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import click
+
+from benchmarks.quality import experiments, tables
+
+STORED = pathlib.Path(__file__).parent / "results"
+
+
+@click.command()
+@click.option(
+    "--tier", type=click.Choice(list(experiments.TIERS)), default="full", show_default=True
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    default=pathlib.Path("quality-results"),
+    show_default=True,
+    help="Where records, tables and figures go.",
+)
+@click.option("--jobs", default=2, show_default=True, help="Processes, of one thread each.")
+def main(tier: str, out: pathlib.Path, jobs: int) -> None:
+    """Run the quality benchmark; the full tier takes about half an hour on two cores."""
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = range(experiments.TIERS[tier].seeds)
+    files = {
+        (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
+    }
+    missing = [key for key, file in files.items() if not file.exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = [pool.submit(experiments.record, *key, tier, files[key]) for key in missing]
+        for done in as_completed(running):
+            done.result()
+    records = [_read(file) for file in files.values()]
+    click.echo(tables.write(records, out))
+    stored = [_read(file) for file in sorted(STORED.glob("*.json"))]
+    if stored and records[0].tier == stored[0].tier and out.resolve() != STORED:
+        farther = tables.outside(records, stored)
+        click.echo("\n".join(farther) or "Every average is within the spread of the stored one.")
+
+
+def _read(file: pathlib.Path) -> experiments.Record:
+    return experiments.Record.model_validate_json(file.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

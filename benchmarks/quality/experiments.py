@@ -1,0 +1,327 @@
+"""What is done with a suite, and the record it leaves.
+
+Everything is chosen on validation data; test data are read at the end, for what was chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.measuring import machine
+from benchmarks.quality import baselines, glyphs, language
+from benchmarks.quality.methods import (
+    LINEAR,
+    METHODS,
+    PCB,
+    PCB_MODEL,
+    TASK_ARITHMETIC,
+    TIES,
+    Knobs,
+    Method,
+)
+from benchmarks.quality.suite import Sizes, StateDict, Suite
+from mergekit_pcb import adamerge, combine, contributions, search
+from mergekit_pcb.files import written_whole
+
+SCOPES = ("tensor", "model")
+#: Bounds of the searched weights: wide enough to leave an expert out.
+WEIGHTS = (0.0, 3.0)
+#: Adam's rate for AdaMerging's coefficients.
+RATE = 1e-2
+#: Where the released AdaMerging starts.
+START = 0.3
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How much is done: schedules of training, trials of a search, grids of the sweeps."""
+
+    language: language.Schedule
+    glyphs: glyphs.Schedule
+    budget: int
+    weight_budget: int
+    densities: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    clips: tuple[float, ...]
+    epochs: int
+    seeds: int
+
+
+TIERS = {
+    "full": Tier(
+        language.Schedule(),
+        glyphs.Schedule(),
+        budget=16,
+        weight_budget=60,
+        densities=(0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
+        lambdas=(0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0),
+        clips=(0.0, 1e-4, 1e-3, 1e-2, 0.1),
+        epochs=5,
+        seeds=3,
+    ),
+    "small": Tier(
+        language.Schedule(base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)),
+        glyphs.Schedule(base_steps=60, expert_steps=15, looked_at=Sizes(40, 40, 40)),
+        budget=2,
+        weight_budget=3,
+        densities=(0.1,),
+        lambdas=(1.0,),
+        clips=(1e-4,),
+        epochs=1,
+        seeds=1,
+    ),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(_Strict):
+    """A merged model: its knobs, its mean score on validation data, its scores on test data."""
+
+    method: str
+    knobs: Knobs
+    validation: float
+    test: dict[str, float]
+    elsewhere: dict[str, float] = {}
+
+
+class Sweep(_Strict):
+    """Mean scores on validation data, ``[density][lambda]``."""
+
+    scope: str
+    densities: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    scores: list[list[float]]
+
+
+class Record(_Strict):
+    """All that one suite and seed gave. Scores are accuracies or negative nats per token."""
+
+    suite: str
+    metric: str
+    tier: str
+    seed: int
+    machine: str
+    seconds: float
+    tasks: tuple[str, ...]
+    base: Row
+    individual: dict[str, float]
+    published: list[Row]
+    searched: list[Row]
+    weighted: list[Row]
+    adapted: list[Row]
+    ablation: list[Row]
+    clip: list[Row]
+    tasks_merged: dict[int, list[Row]]
+    sweeps: list[Sweep]
+
+
+#: The suites, in the order of the tables.
+BUILD = {"language": language.build, "glyphs": glyphs.build}
+
+
+class _Chosen:
+    """Merged models that wait for the test data."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.rows: list[tuple[str, Knobs, float, StateDict]] = []
+
+    def add(self, method: str, knobs: Knobs, state: StateDict, score: float | None = None) -> None:
+        score = self.suite.validation(state) if score is None else score
+        self.rows.append((method, knobs, score, state))
+
+    def add_searched(self, method: Method, budget: int, seed: int) -> None:
+        knobs, score = method.searched(self.suite, budget, seed)
+        self.add(method.name, knobs, method.merge(self.suite, knobs), score)
+
+    def tested(self) -> list[Row]:
+        return [
+            Row(
+                method=method,
+                knobs=knobs,
+                validation=score,
+                test=self.suite.scores(state, "test"),
+                elsewhere=self.suite.scores_elsewhere(state),
+            )
+            for method, knobs, score, state in self.rows
+        ]
+
+
+def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
+    """Do everything in one thread, so that no bit depends on what else runs, and write it."""
+    torch.set_num_threads(1)
+    logging.getLogger("mergekit_pcb").setLevel(logging.ERROR)  # a search asks for odd things, too
+    text = run(name, seed, tier).model_dump_json(indent=1)
+    with written_whole(file) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+
+
+def run(name: str, seed: int, tier_name: str) -> Record:
+    """Train one suite from one seed, and do all of it."""
+    began = time.monotonic()
+    tier = TIERS[tier_name]
+
+    def told(what: str) -> None:
+        click.echo(f"{name} {seed}: {what} after {time.monotonic() - began:.0f} s", err=True)
+
+    suite = BUILD[name](seed, getattr(tier, name))
+    told("trained")
+    published, searched = _Chosen(suite), _Chosen(suite)
+    for method in METHODS:
+        (knobs,) = method.trials(1, seed)
+        published.add(method.name, knobs, method.merge(suite, knobs))
+        searched.add_searched(method, tier.budget, seed)
+    told("merged by every method")
+    best = {row[0]: row[1] for row in searched.rows}
+    weighted = _weighted(suite, best, tier.weight_budget, seed)
+    told("weights searched")
+    adapted = _adapted(suite, best[PCB.name], tier.epochs) if suite.metric == "accuracy" else None
+    ablation = _ablation(suite, max(2, tier.budget * 3 // 4), seed)
+    told("parts left out")
+    clip = _clip(suite, best, tier.clips)
+    sweeps = [_sweep(suite, scope, tier) for scope in SCOPES]
+    told("swept")
+    counts = {}
+    for count in range(2, len(suite.tasks) + 1):
+        counts[count] = _Chosen(suite.among(count))
+        for method in (LINEAR, TASK_ARITHMETIC, TIES, PCB, PCB_MODEL):
+            counts[count].add_searched(method, max(2, tier.budget // 2), seed)
+    told("merged in part")
+    # From here on test data are read, and nothing is chosen any more.
+    base = _Chosen(suite)
+    base.add("base", {}, suite.base)
+    return Record(
+        suite=name,
+        metric=suite.metric,
+        tier=tier_name,
+        seed=seed,
+        machine=machine(),
+        tasks=suite.tasks,
+        base=base.tested()[0],
+        individual={
+            task: suite.scores(expert, "test")[task]
+            for task, expert in zip(suite.tasks, suite.experts, strict=True)
+        },
+        published=published.tested(),
+        searched=searched.tested(),
+        weighted=weighted.tested(),
+        adapted=adapted.tested() if adapted else [],
+        ablation=ablation.tested(),
+        clip=clip.tested(),
+        tasks_merged={count: chosen.tested() for count, chosen in counts.items()},
+        sweeps=sweeps,
+        seconds=round(time.monotonic() - began),
+    )
+
+
+def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> _Chosen:
+    """Per-task weights by CMA-ES, around the best setting, for PCB and for task arithmetic."""
+    chosen = _Chosen(suite)
+    for method in (TASK_ARITHMETIC, PCB, PCB_MODEL):
+        knobs = best[method.name]
+        parts = _parts(suite, method, knobs)
+
+        def merged(
+            weights: Sequence[float], parts: list[StateDict] = parts, knobs: Knobs = knobs
+        ) -> StateDict:
+            return combine(suite.base, parts, weights, knobs["lambda"])
+
+        space = search.Space((1.0,) * len(parts), bounds=WEIGHTS)
+        trials = list(
+            search.search(lambda w, _: suite.validation(merged(w)), space, budget, seed=seed)
+        )
+        trial = search.Found(trials, minimize=False).best
+        assert trial is not None  # noqa: S101 - a mean of finite losses is one
+        found = {f"weight {task}": w for task, w in zip(suite.tasks, trial.weights, strict=True)}
+        chosen.add(
+            f"{method.name} + weights", {**knobs, **found}, merged(trial.weights), trial.score
+        )
+    return chosen
+
+
+def _parts(suite: Suite, method: Method, knobs: Knobs) -> list[StateDict]:
+    """What the weights multiply: PCB's contributions, or plain task vectors."""
+    if method is TASK_ARITHMETIC:
+        return [
+            {name: expert[name] - base for name, base in suite.base.items()}
+            for expert in suite.experts
+        ]
+    scope = "model" if method is PCB_MODEL else "tensor"
+    return contributions(suite.base, suite.experts, density=knobs["density"], scope=scope)
+
+
+def _adapted(suite: Suite, best: Knobs, epochs: int) -> _Chosen:
+    """AdaMerging of PCB's contributions, on the validation images without their labels.
+
+    Once from the start of the released AdaMerging, for which nobody needs labels, and once from
+    PCB's best setting; beside the same coefficients left as they are.
+    """
+    chosen = _Chosen(suite)
+    batches = [batch for task in suite.tasks for batch, _ in suite.data["validation"][task]]
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
+    starts = {
+        "published start": {"density": PCB.knobs[0].published, "lambda": START},
+        "best start": best,
+    }
+    for name, knobs in starts.items():
+        chosen.add(f"fixed, {name}", knobs, PCB.merge(suite, knobs))
+        for granularity in ("task", "layer"):
+            found = adamerge(
+                suite.model,
+                suite.base,
+                suite.experts,
+                [batches[number] for number in order],
+                granularity,  # type: ignore[arg-type]
+                epochs=epochs,
+                learning_rate=RATE,
+                start=knobs["lambda"],
+                density=knobs["density"],
+            )
+            chosen.add(f"AdaMerging per {granularity}, {name}", knobs, found.state_dict)
+    return chosen
+
+
+def _ablation(suite: Suite, budget: int, seed: int) -> _Chosen:
+    """PCB without each of its parts; every variant is searched like PCB itself."""
+    chosen = _Chosen(suite)
+    for scope in SCOPES:
+        for part in (None, "intra", "inter", "drop", "rescale"):
+
+            def merge(suite: Suite, k: Knobs, part: Any = part, scope: str = scope) -> StateDict:
+                return baselines.without(suite, part, k["density"], k["lambda"], scope)
+
+            name = f"scope: {scope}, " + (f"without {part}" if part else "complete")
+            chosen.add_searched(Method(name, PCB.knobs, merge), budget, seed)
+    return chosen
+
+
+def _clip(suite: Suite, best: dict[str, Knobs], clips: Sequence[float]) -> _Chosen:
+    chosen = _Chosen(suite)
+    for method in (PCB, PCB_MODEL):
+        for clip in clips:
+            knobs = {**best[method.name], "clip": clip}
+            chosen.add(method.name, knobs, method.merge(suite, knobs))
+    return chosen
+
+
+def _sweep(suite: Suite, scope: str, tier: Tier) -> Sweep:
+    scores = []
+    for density in tier.densities:
+        parts = contributions(suite.base, suite.experts, density=density, scope=scope)
+        ones = [1.0] * len(parts)
+        scores.append(
+            [suite.validation(combine(suite.base, parts, ones, scale)) for scale in tier.lambdas]
+        )
+    return Sweep(scope=scope, densities=tier.densities, lambdas=tier.lambdas, scores=scores)

@@ -1,0 +1,141 @@
+"""The methods, their knobs, and the one search that each of them gets.
+
+All but the last two run through mergekit itself. The first trial of a search is what a
+method's authors publish (or, where they do not say, mergekit's default); the others fill the
+box of its knobs evenly, and validation data choose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.merge_methods import merge_state_dicts
+
+import mergekit_pcb  # noqa: F401 - makes mergekit know the method
+from benchmarks.quality import baselines
+from benchmarks.quality.suite import StateDict, Suite
+
+Knobs = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A number that is searched from ``low`` to ``high``, evenly in its logarithm."""
+
+    name: str
+    published: float
+    low: float
+    high: float = 1.0
+
+    def at(self, place: float) -> float:
+        return round(math.exp(math.log(self.low) + place * math.log(self.high / self.low)), 4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to merge a suite's experts into one state dict."""
+
+    name: str
+    knobs: tuple[Knob, ...]
+    merge: Callable[[Suite, Knobs], StateDict]
+
+    def trials(self, budget: int, seed: int) -> list[Knobs]:
+        """The settings to try; a method without knobs has one."""
+        tried = [{knob.name: knob.published for knob in self.knobs}]
+        if self.knobs and budget > 1:
+            engine = torch.quasirandom.SobolEngine(len(self.knobs), scramble=True, seed=seed)
+            tried += [
+                {knob.name: knob.at(x) for knob, x in zip(self.knobs, row, strict=True)}
+                for row in engine.draw(budget - 1).tolist()
+            ]
+        return tried
+
+    def searched(self, suite: Suite, budget: int, seed: int) -> tuple[Knobs, float]:
+        """The best of the trials on validation data, and its score."""
+        found = [
+            (suite.validation(self.merge(suite, knobs)), number, knobs)
+            for number, knobs in enumerate(self.trials(budget, seed))
+        ]
+        score, _, knobs = max(found, key=lambda trial: (trial[0], -trial[1]))
+        return knobs, score
+
+
+def by_mergekit(
+    suite: Suite, method: str, parameters: dict[str, Any], *, with_base: bool = True
+) -> StateDict:
+    """Merge in memory, as mergekit-yaml would from files."""
+    models = {f"expert {number}": expert for number, expert in enumerate(suite.experts)}
+    torch.manual_seed(0)  # mergekit's own random methods draw from the global generator
+    with torch.no_grad():
+        if not with_base:
+            return merge_state_dicts(models, method, parameters=parameters)
+        models = {"base": suite.base, **models}
+        return merge_state_dicts(models, method, base="base", parameters=parameters)
+
+
+def _density(published: float) -> Knob:
+    return Knob("density", published, 0.02)
+
+
+def _lambda(published: float) -> Knob:
+    return Knob("lambda", published, 0.1, 3.0)
+
+
+def _task_vectors(name: str, *knobs: Knob) -> Method:
+    """One of mergekit's methods that weigh task vectors; every weight is 1."""
+    return Method(name, knobs, lambda suite, k: by_mergekit(suite, name, {"weight": 1.0, **k}))
+
+
+def _della(suite: Suite, knobs: Knobs) -> StateDict:
+    """``spread`` is how much of its room epsilon takes: densities must stay within 0 and 1."""
+    density = min(knobs["density"], 0.98)
+    epsilon = knobs["spread"] * 2 * min(density, 1 - density)
+    parameters = {"weight": 1.0, "density": density, "epsilon": epsilon, "lambda": knobs["lambda"]}
+    return by_mergekit(suite, "della", parameters)
+
+
+def _pcb(name: str, scope: str, *knobs: Knob) -> Method:
+    return Method(name, knobs, lambda suite, k: by_mergekit(suite, "pcb", {"scope": scope, **k}))
+
+
+PCB = _pcb("pcb", "tensor", _density(0.1), _lambda(1.0))
+PCB_MODEL = _pcb("pcb, scope: model", "model", _density(0.1), _lambda(1.0))
+LINEAR = Method(
+    "linear", (), lambda suite, _: by_mergekit(suite, "linear", {"weight": 1.0}, with_base=False)
+)
+TASK_ARITHMETIC = _task_vectors("task_arithmetic", _lambda(0.4))
+TIES = _task_vectors("ties", _density(0.2), _lambda(1.0))
+METHODS: Sequence[Method] = (
+    LINEAR,
+    Method("model_stock", (), lambda suite, _: by_mergekit(suite, "model_stock", {})),
+    TASK_ARITHMETIC,
+    TIES,
+    _task_vectors("dare_linear", _density(0.1), _lambda(0.4)),
+    _task_vectors("dare_ties", _density(0.1), _lambda(0.4)),
+    Method("della", (_density(0.3), Knob("spread", 0.25, 0.02, 0.49), _lambda(1.0)), _della),
+    _task_vectors("breadcrumbs", _density(0.14), Knob("gamma", 0.007, 0.001, 0.05), _lambda(0.3)),
+    Method(
+        "sce",
+        (Knob("select_topk", 0.1, 0.02),),
+        lambda suite, k: by_mergekit(suite, "sce", dict(k)),
+    ),
+    Method("Fisher", (), lambda suite, _: baselines.fisher(suite)),
+    Method(
+        "RegMean",
+        (Knob("off_diagonal", 0.9, 0.1),),
+        lambda suite, k: baselines.regmean(suite, k["off_diagonal"]),
+    ),
+    PCB,
+    PCB_MODEL,
+    _pcb(
+        "pcb + DARE",
+        "tensor",
+        _density(0.1),
+        _lambda(1.0),
+        Knob("dare_density", 0.5, 0.1),
+    ),
+)

@@ -1,0 +1,115 @@
+"""A suite: a base, experts fine-tuned from it, and data in three parts that never mix.
+
+Training data make the models (and what Fisher merging and RegMean ask for), validation data
+choose among merges, test data are read once, for what was chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+StateDict = dict[str, torch.Tensor]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+#: What a model is called with, and the class that is right for each row of its logits.
+Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]
+
+
+class Sizes(NamedTuple):
+    """How many examples of each task are looked at once the models are trained."""
+
+    train: int
+    validation: int
+    test: int
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """Models and data of one seed.
+
+    ``model`` returns logits ``[rows, classes]`` and lends its modules to any state dict.
+    Scores are accuracies, or negative losses in nats per token: higher is better.
+    ``elsewhere`` are data of tasks that no model was trained on.
+    """
+
+    name: str
+    metric: Literal["accuracy", "loss"]
+    tasks: tuple[str, ...]
+    model: torch.nn.Module
+    base: StateDict
+    experts: Sequence[StateDict]
+    data: dict[Split, dict[str, list[Batch]]]
+    elsewhere: dict[str, list[Batch]] = field(default_factory=dict)
+
+    def scores(self, state: StateDict, split: Split) -> dict[str, float]:
+        """The score of a model on every task."""
+        return {task: self._score(state, self.data[split][task]) for task in self.tasks}
+
+    def scores_elsewhere(self, state: StateDict) -> dict[str, float]:
+        return {task: self._score(state, batches) for task, batches in self.elsewhere.items()}
+
+    def validation(self, state: StateDict) -> float:
+        """What a search maximises: the mean over the tasks."""
+        scores = self.scores(state, "validation")
+        return sum(scores.values()) / len(scores)
+
+    def among(self, count: int) -> Suite:
+        """The suite of the first ``count`` tasks and experts."""
+        tasks = self.tasks[:count]
+        return Suite(
+            self.name,
+            self.metric,
+            tasks,
+            self.model,
+            self.base,
+            self.experts[:count],
+            {split: {task: part[task] for task in tasks} for split, part in self.data.items()},
+        )
+
+    @torch.no_grad()
+    def _score(self, state: StateDict, batches: Sequence[Batch]) -> float:
+        self.model.load_state_dict(state)
+        self.model.eval()
+        total, rows = 0.0, 0
+        for inputs, labels in batches:
+            logits = self.model(*inputs)
+            if self.metric == "accuracy":
+                total += float((logits.argmax(-1) == labels).sum())
+            else:
+                total -= float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            rows += len(labels)
+        return total / rows
+
+
+def train(
+    parameters: Iterable[torch.nn.Parameter],
+    logits: Callable[..., torch.Tensor],
+    batch: Callable[[], Batch],
+    steps: int,
+    rate: float,
+) -> None:
+    """Minimise the cross-entropy with AdamW; rates rise for a twentieth and fall along a cosine."""
+    learned = list(parameters)
+    optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        ),
+    )
+    for _ in range(steps):
+        inputs, labels = batch()
+        torch.nn.functional.cross_entropy(logits(*inputs), labels).backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def snapshot(model: torch.nn.Module) -> StateDict:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,350 @@
+"""Tables and figures of the records, as Markdown and PNG.
+
+Every number is a mean over the seeds, with the standard deviation between them. Leads are taken
+seed by seed before they are averaged, because seeds differ more than methods do.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.quality.experiments import BUILD, Record, Row
+from benchmarks.quality.methods import PCB, PCB_MODEL
+from mergekit_pcb.files import written_whole
+
+Rows = Callable[[Record], Sequence[Row]]
+
+
+def write(records: Sequence[Record], folder: pathlib.Path) -> str:
+    """Write ``tables.md`` and the figures; return the tables."""
+    text = "\n".join(_tables(records))
+    with written_whole(folder / "tables.md") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    _draw_sweeps(records, folder / "sweeps.png")
+    _draw_counts(records, folder / "tasks.png")
+    return text
+
+
+def outside(records: Sequence[Record], stored: Sequence[Record]) -> list[str]:
+    """Which averages of searched methods are farther from the stored ones than seeds scatter.
+
+    Farther than twice the standard deviation of a mean's difference.
+    """
+    found = []
+    for own, other in _paired_suites(records, stored):
+        for (name, mine), (_, theirs) in zip(
+            _by_method(own, _searched), _by_method(other, _searched), strict=True
+        ):
+            a, b = [_average(row) for row in mine], [_average(row) for row in theirs]
+            spread = (_deviation(a) ** 2 / len(a) + _deviation(b) ** 2 / len(b)) ** 0.5
+            distance = abs(statistics.mean(a) - statistics.mean(b))
+            if distance > 2 * spread:
+                found.append(f"{own[0].suite}, {name}: {distance:.4f} away, spread {spread:.4f}")
+    return found
+
+
+def summary(records: Sequence[Record]) -> Iterable[str]:
+    """The normalised scores of every method and suite, as published and searched."""
+    suites = list(_suites(records))
+    yield _line(
+        [
+            "model",
+            *(f"{name}, {how}" for name, _ in suites for how in ("as published", "searched")),
+        ]
+    )
+    yield _line(["---", *["---:"] * (2 * len(suites))])
+    published = [dict(_by_method(own, lambda record: record.published)) for _, own in suites]
+    searched = [dict(_by_method(own, _searched)) for _, own in suites]
+    for method in dict.fromkeys(name for found in searched for name in found):
+        cells = [method]
+        for number, (_, own) in enumerate(suites):
+            for found in (published[number], searched[number]):
+                rows = zip(own, found.get(method, ()), strict=False)
+                values = [_normalised(record, row) for record, row in rows]
+                cells.append(_percent(values) if values else "")
+        yield _line(cells)
+
+
+def _paired_suites(
+    records: Sequence[Record], stored: Sequence[Record]
+) -> Iterable[tuple[list[Record], list[Record]]]:
+    other = dict(_suites(stored))
+    for name, own in _suites(records):
+        if name in other:
+            yield own, other[name]
+
+
+def _suites(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
+    for name in BUILD:
+        own = [record for record in records if record.suite == name]
+        if own:
+            yield name, sorted(own, key=lambda record: record.seed)
+
+
+def _tables(records: Sequence[Record]) -> Iterable[str]:
+    yield "# Quality benchmark"
+    yield ""
+    for machine in dict.fromkeys(record.machine for record in records):
+        yield f"{machine}.  "
+    seeds = sorted({record.seed for record in records})
+    minutes = sum(record.seconds for record in records) / 60
+    yield f"Tier {records[0].tier}, seeds {seeds}, {minutes:.0f} minutes of one thread in all."
+    yield "\n## Share of what the experts reach\n"
+    bases = [
+        f"{name} {_percent([_normalised(record, record.base) for record in own])}"
+        for name, own in _suites(records)
+    ]
+    yield "Of their gain in loss over the base, or of their accuracy, each task's own expert's."
+    yield f"The base: {', '.join(bases)}.\n"
+    yield from summary(records)
+    for name, own in _suites(records):
+        first = own[0]
+        what = "accuracy in %" if first.metric == "accuracy" else "loss in nats per token"
+        yield f"\n## {name}: {what} on test data\n"
+        yield "### Every method after the same search on validation data\n"
+        yield from _table(own, _searched, with_tasks=True)
+        yield "\n### As published, without any search\n"
+        yield from _table(own, lambda record: record.published)
+        yield "\n### Parts of PCB left out, each variant searched\n"
+        yield from _table(own, lambda record: record.ablation, reference="scope: tensor, complete")
+        yield "\n### clip, at the best density and lambda\n"
+        yield from _table(
+            own,
+            lambda record: [
+                row.model_copy(update={"method": f"{row.method}, clip: {row.knobs['clip']:g}"})
+                for row in record.clip
+            ],
+            reference=None,
+        )
+        if first.adapted:
+            yield "\n### AdaMerging: coefficients without labels\n"
+            yield from _table(own, lambda record: record.adapted, reference="fixed, best start")
+        yield "\n### The first tasks only\n"
+        yield from _counts(own)
+        yield ""
+        yield from _choices_by_count(own)
+        if first.base.elsewhere:
+            yield "\n### Text that nobody was trained on\n"
+            yield from _elsewhere(own)
+        yield "\n### What the searches chose\n"
+        yield from _choices(own)
+    yield ""
+
+
+def _searched(record: Record) -> list[Row]:
+    return [*record.searched, *record.weighted]
+
+
+def _by_method(records: Sequence[Record], rows: Rows) -> Iterable[tuple[str, list[Row]]]:
+    """A method's name and its row of every seed."""
+    for found in zip(*(rows(record) for record in records), strict=True):
+        yield found[0].method, list(found)
+
+
+def _table(
+    records: Sequence[Record],
+    rows: Rows,
+    reference: str | None = "pcb",
+    *,
+    with_tasks: bool = False,
+) -> Iterable[str]:
+    first = records[0]
+    heading = ["model", "average", "normalised"]
+    heading += [f"against {reference}"] if reference else []
+    heading += list(first.tasks) if with_tasks else []
+    yield _line(heading)
+    yield _line(["---", *["---:"] * (len(heading) - 1)])
+    methods = list(_by_method(records, rows))
+    if with_tasks:
+        individual = [
+            Row(method="", knobs={}, validation=0.0, test=record.individual) for record in records
+        ]
+        methods = [
+            ("base", [record.base for record in records]),
+            ("each task's own expert", individual),
+            *methods,
+        ]
+    against = next((found for name, found in methods if name == reference), None)
+    for name, found in methods:
+        cells = [
+            name,
+            _shown(first.metric, [_average(row) for row in found]),
+            _percent(
+                [_normalised(record, row) for record, row in zip(records, found, strict=True)]
+            ),
+        ]
+        if against:
+            leads = [_average(a) - _average(b) for a, b in zip(found, against, strict=True)]
+            cells.append("" if found is against else _lead(first.metric, leads))
+        if with_tasks:
+            cells += [
+                _shown(first.metric, [row.test[task] for row in found], spread=False)
+                for task in first.tasks
+            ]
+        yield _line(cells)
+
+
+def _counts(records: Sequence[Record]) -> Iterable[str]:
+    counts = list(records[0].tasks_merged)
+    yield _line(["normalised", *(f"{count} tasks" for count in counts)])
+    yield _line(["---", *["---:"] * len(counts)])
+    names = [row.method for row in records[0].tasks_merged[counts[0]]]
+    for number, name in enumerate(names):
+        cells = [
+            _percent(
+                [_normalised(record, record.tasks_merged[count][number]) for record in records]
+            )
+            for count in counts
+        ]
+        yield _line([name, *cells])
+
+
+def _choices_by_count(records: Sequence[Record]) -> Iterable[str]:
+    counts = list(records[0].tasks_merged)
+    yield _line(["density and lambda chosen", *(f"{count} tasks" for count in counts)])
+    yield _line(["---"] * (len(counts) + 1))
+    for record in records:
+        for number, row in enumerate(record.tasks_merged[counts[0]]):
+            if row.method in (PCB.name, PCB_MODEL.name):
+                chosen = [record.tasks_merged[count][number].knobs for count in counts]
+                cells = [f"{knobs['density']:g}, {knobs['lambda']:g}" for knobs in chosen]
+                yield _line([f"{row.method}, seed {record.seed}", *cells])
+
+
+def _elsewhere(records: Sequence[Record]) -> Iterable[str]:
+    kinds = list(records[0].base.elsewhere)
+    yield _line(["model", *kinds])
+    yield _line(["---", *["---:"] * len(kinds)])
+    rows: Iterable[tuple[str, list[Row]]] = [
+        ("base", [record.base for record in records]),
+        *_by_method(records, _searched),
+    ]
+    for name, found in rows:
+        cells = [_shown("loss", [row.elsewhere[kind] for row in found]) for kind in kinds]
+        yield _line([name, *cells])
+
+
+def _choices(records: Sequence[Record]) -> Iterable[str]:
+    yield _line(["method", *(f"seed {record.seed}" for record in records)])
+    yield _line(["---"] * (len(records) + 1))
+    for name, found in _by_method(records, _searched):
+        if found[0].knobs:
+            yield _line(
+                [name, *(", ".join(f"{k} {v:g}" for k, v in row.knobs.items()) for row in found)]
+            )
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _average(row: Row) -> float:
+    return statistics.mean(row.test.values())
+
+
+def _normalised(record: Record, row: Row) -> float:
+    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' gain."""
+    if record.metric == "accuracy":
+        return statistics.mean(score / record.individual[task] for task, score in row.test.items())
+    base = statistics.mean(record.base.test[task] for task in row.test)
+    expert = statistics.mean(record.individual[task] for task in row.test)
+    return (_average(row) - base) / (expert - base)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _shown(metric: str, values: Sequence[float], *, spread: bool = True) -> str:
+    scale, digits = (100, 1) if metric == "accuracy" else (-1, 3)
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {abs(scale) * _deviation(values):.{digits}f}" if spread else mean
+
+
+def _lead(metric: str, values: Sequence[float]) -> str:
+    scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
+    mean, deviation = scale * statistics.mean(values), scale * _deviation(values)
+    return f"{mean:+.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * statistics.mean(values):.1f} ± {100 * _deviation(values):.1f} %"
+
+
+def _draw_sweeps(records: Sequence[Record], file: pathlib.Path) -> None:
+    """Heat maps of the gain over the base on validation data: suites down, scopes across."""
+    from matplotlib.figure import Figure
+
+    suites = list(_suites(records))
+    scopes = [sweep.scope for sweep in records[0].sweeps]
+    figure = Figure(figsize=(4.6 * len(scopes), 3.6 * len(suites)), layout="constrained")
+    axes = figure.subplots(len(suites), len(scopes), squeeze=False)
+    for line, (name, own) in zip(axes, suites, strict=True):
+        unit, scale = ("points", 100) if own[0].metric == "accuracy" else ("nats per token", 1)
+        gains = [
+            [
+                [
+                    scale
+                    * statistics.mean(
+                        record.sweeps[number].scores[row][column] - record.base.validation
+                        for record in own
+                    )
+                    for column in range(len(own[0].sweeps[number].lambdas))
+                ]
+                for row in range(len(own[0].sweeps[number].densities))
+            ]
+            for number in range(len(scopes))
+        ]
+        # The colours tell gains apart; losses may leave the scale.
+        most = max(1e-3 * scale, *(value for gain in gains for values in gain for value in values))
+        for number, (axis, gain) in enumerate(zip(line, gains, strict=True)):
+            sweep = own[0].sweeps[number]
+            picture = axis.imshow(gain, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+            axis.set_xticks(range(len(sweep.lambdas)), [f"{x:g}" for x in sweep.lambdas])
+            axis.set_yticks(range(len(sweep.densities)), [f"{x:g}" for x in sweep.densities])
+            axis.set(xlabel="lambda", ylabel="density", title=f"{name}, scope: {sweep.scope}")
+            for y, values in enumerate(gain):
+                for x, value in enumerate(values):
+                    dark = abs(value) > 0.6 * most
+                    axis.text(
+                        x,
+                        y,
+                        f"{value:.{1 if scale > 1 else 2}f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if dark else "black",
+                    )
+        figure.colorbar(picture, ax=line, label=f"gain over the base, {unit}", extend="min")
+    figure.savefig(file, dpi=110)
+
+
+def _draw_counts(records: Sequence[Record], file: pathlib.Path) -> None:
+    """The normalised score by the number of tasks, a panel per suite."""
+    from matplotlib.figure import Figure
+
+    suites = list(_suites(records))
+    figure = Figure(figsize=(4.6 * len(suites), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(suites), squeeze=False)[0]
+    for axis, (name, own) in zip(axes, suites, strict=True):
+        counts = list(own[0].tasks_merged)
+        for number, row in enumerate(own[0].tasks_merged[counts[0]]):
+            values = [
+                [_normalised(record, record.tasks_merged[count][number]) for record in own]
+                for count in counts
+            ]
+            axis.errorbar(
+                counts,
+                [100 * statistics.mean(value) for value in values],
+                [100 * _deviation(value) for value in values],
+                label=row.method,
+                marker="o",
+                markersize=3,
+                capsize=2,
+            )
+        axis.set_xticks(counts)
+        axis.set(xlabel="tasks merged", ylabel="normalised score, %", title=name)
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
