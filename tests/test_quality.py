@@ -15,7 +15,6 @@ sys.path.append(str(ROOT))
 
 from benchmarks.quality import baselines, experiments, glyphs, language, methods
 from benchmarks.quality.suite import SPLITS, Suite
-from mergekit_pcb import demo
 
 
 class Classifier(torch.nn.Module):
@@ -46,7 +45,7 @@ def suite():
         }
         for split in SPLITS
     }
-    return Suite("test", "accuracy", ("a", "b"), model, base, experts, data)
+    return Suite("test", "accuracy", 0, ("a", "b"), model, base, experts, data)
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
@@ -60,11 +59,41 @@ def test_the_complete_ablation_is_pcb(suite, scope):
     assert any(not torch.equal(expected[name], suite.base[name]) for name in expected)
 
 
+def ablated(tau, part, density):
+    """The paper's formulas for one element after the other, in Python's floats."""
+    tasks, count = len(tau), len(tau[0])
+    weights = []
+    for row in tau:
+        ordered = sorted(map(abs, row))
+        low, high = ordered[int(count * 1e-4)], ordered[int(count * (1 - 1e-4) - 1)]
+        scores = []
+        for place, value in enumerate(row):
+            x = (min(max(abs(value), low), high) - low) / (high - low)
+            intra = math.exp(tasks * x * x)
+            inter = math.tanh(value * sum(other[place] for other in tau))
+            scores.append({"intra": inter, "inter": intra}.get(part, intra * inter))
+        threshold = sorted(scores)[int(count * (1 - density))] if part != "drop" else min(scores)
+        peak = max(scores)
+        share = [max(score - threshold, 0.0) / (peak - threshold) for score in scores]
+        if part == "rescale":
+            share = [float(value > 0) for value in share]
+        size = [math.copysign(min(max(abs(v), low), high), v) for v in row]
+        weights.append(list(zip(share, size, strict=True)))
+    return [
+        sum(share * size for share, size in column) / max(sum(s for s, _ in column), 1e-12)
+        for column in zip(*weights, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("part", ["intra", "inter", "drop", "rescale"])
-def test_an_ablation_is_something_else(suite, part):
-    complete = baselines.without(suite, None, 0.3, 1.0, "tensor")
-    found = baselines.without(suite, part, 0.3, 1.0, "tensor")
-    assert any(not torch.allclose(found[name], complete[name]) for name in complete)
+def test_an_ablation_leaves_out_what_it_says(suite, part):
+    name = "out.weight"
+    tau = [(expert[name] - suite.base[name]).flatten() for expert in suite.experts]
+    expected = torch.tensor(ablated([row.tolist() for row in tau], part, 0.3))
+    found = baselines.without(suite, part, 0.3, 1.0, "tensor")[name]
+    complete = baselines.without(suite, None, 0.3, 1.0, "tensor")[name]
+    assert torch.allclose((found - suite.base[name]).flatten(), expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found, complete)
 
 
 def test_baselines_of_equal_experts_are_that_expert(suite):
@@ -79,17 +108,28 @@ def test_regmean_agrees_better_with_the_experts_than_their_mean(suite):
     regmean = baselines.regmean(suite, 1.0)
     average = methods.LINEAR.merge(suite, {})
 
-    def distance(state):
-        total = 0.0
+    def distances(state):
+        totals = torch.zeros(2)
         for task, expert in zip(suite.tasks, suite.experts, strict=True):
             (((images,), _),) = suite.data["train"][task]
             suite.model.load_state_dict(expert)
             with torch.no_grad():
                 inputs = suite.model.hidden(images).relu().flatten(1)
-            total += (inputs @ (state["out.weight"] - expert["out.weight"]).T).square().sum()
-        return float(total)
+            last = inputs @ (state["out.weight"] - expert["out.weight"]).T
+            first = torch.nn.functional.conv2d(
+                images, state["hidden.weight"] - expert["hidden.weight"], padding=1
+            )
+            totals += torch.stack([first.square().sum(), last.square().sum()])
+        return totals
 
-    assert distance(regmean) < 0.99 * distance(average)
+    found = distances(regmean)
+    assert (found < distances(average)).all()
+    # It is the least there is: any step away from it is worse.
+    for name, layer in (("hidden.weight", 0), ("out.weight", 1)):
+        step = 1e-2 * torch.randn_like(regmean[name])
+        for sign in (1, -1):
+            moved = {**regmean, name: regmean[name] + sign * step}
+            assert distances(moved)[layer] > found[layer]
 
 
 def test_fisher_leans_to_the_expert_that_cares(suite):
@@ -101,11 +141,32 @@ def test_fisher_leans_to_the_expert_that_cares(suite):
         assert torch.allclose(merged[name], suite.experts[1][name], atol=1e-4), name
 
 
-def test_searches_are_equal_and_begin_as_published():
+class Coin(torch.nn.Module):
+    """Logits 0 and weight · x."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        logit = (x * self.weight).sum(-1)
+        return torch.stack([torch.zeros_like(logit), logit], -1)
+
+
+def test_fisher_is_the_known_one_of_a_fair_coin():
+    """At weight 0 either label's squared gradient is x² / 4, whichever is drawn."""
+    model, zero = Coin(), {"weight": torch.zeros(2)}
+    data = {"train": {"a": [((torch.tensor([[1.0, 3.0], [1.0, 3.0]]),), torch.zeros(2).long())]}}
+    suite = Suite("coin", "loss", 0, ("a",), model, zero, [zero], data)
+    found = baselines._fisher(suite, 0)["weight"]
+    assert torch.allclose(found, torch.tensor([1.0, 9.0]) / 82**0.5)
+
+
+def test_searches_are_equal_and_begin_at_the_first_setting():
     for method in methods.METHODS:
         trials = method.trials(8, seed=1)
         assert len(trials) == (8 if method.knobs else 1)
-        assert trials[0] == {knob.name: knob.published for knob in method.knobs}
+        assert trials[0] == {knob.name: knob.first for knob in method.knobs}
         assert len({tuple(knobs.items()) for knobs in trials}) == len(trials)
         for knobs, knob in itertools.product(trials, method.knobs):
             assert knob.low <= knobs[knob.name] <= knob.high
@@ -113,10 +174,14 @@ def test_searches_are_equal_and_begin_as_published():
 
 def test_no_text_is_in_two_parts():
     for task in language.TASKS:
-        parts = language._parts(demo.texts(task))
+        parts = language.parts_of(language.texts(task))
+        assert len(parts["validation"]) >= 4
+        assert len(parts["test"]) >= 8
+        known = {line for file in parts["train"] for line in language.telling_lines(file)}
         for one, other in itertools.combinations(SPLITS, 2):
-            assert parts[one]
             assert not set(parts[one]) & set(parts[other]), task
+        for file in parts["validation"] + parts["test"]:
+            assert language.known_share(file, known) <= 0.1
 
 
 def test_no_image_is_in_two_parts():
@@ -125,6 +190,9 @@ def test_no_image_is_in_two_parts():
     sources = [digits, glyphs._Letters(range(ord("A"), ord("C")), seed=3)]
     for source in sources:
         parts = [source.part(split, 300)[0].flatten(1) for split in SPLITS]
+        if source is not digits:
+            labels = torch.arange(300) % source.classes
+            parts.append(source.training(labels).flatten(1))
         rows = [tuple(image) for part in parts for image in part.tolist()]
         assert len(set(rows)) == len(rows)
 
@@ -140,19 +208,19 @@ def test_a_small_tier_of_everything(tmp_path):
     result = run()
     assert result.returncode == 0, result.stderr
     records = [
-        experiments.Record.model_validate_json((tmp_path / f"{name}-0.json").read_text())
+        experiments.Record.model_validate_json((tmp_path / f"{name}-10.json").read_text())
         for name in experiments.BUILD
     ]
     for record in records:
         assert len(record.searched) == len(methods.METHODS)
         rows = [
-            *record.published, *record.searched, *record.weighted, *record.adapted,
+            *record.first, *record.searched, *record.weighted, *record.adapted,
             *record.ablation, *record.clip, *itertools.chain(*record.tasks_merged.values()),
         ]  # fmt: skip
         assert all(math.isfinite(score) for row in rows for score in row.test.values())
         assert all(math.isfinite(row.validation) for row in rows)
-        for chosen, tried in zip(record.searched, record.published, strict=True):
-            assert chosen.validation >= tried.validation, "the first trial is the published one"
+        for chosen, tried in zip(record.searched, record.first, strict=True):
+            assert chosen.validation >= tried.validation, "the first setting is the first trial"
         if record.metric == "loss":  # so few steps already help
             own = sum(record.individual.values())
             assert own > sum(record.base.test.values())
@@ -161,7 +229,7 @@ def test_a_small_tier_of_everything(tmp_path):
     assert (tmp_path / "tables.md").read_text() in result.stdout
 
     # What is there is not made again: only the missing record is, with the same numbers.
-    kept, remade = (tmp_path / f"{name}-0.json" for name in ("language", "glyphs"))
+    kept, remade = (tmp_path / f"{name}-10.json" for name in ("language", "glyphs"))
     before, text = kept.stat().st_mtime_ns, remade.read_text()
     remade.unlink()
     assert run().returncode == 0

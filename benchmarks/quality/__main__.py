@@ -13,8 +13,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import click
 
 from benchmarks.quality import experiments, tables
+from mergekit_pcb.errors import PCBError
 
-STORED = pathlib.Path(__file__).parent / "results"
+STORED = pathlib.Path(__file__).resolve().parent / "results"
 
 
 @click.command()
@@ -30,24 +31,44 @@ STORED = pathlib.Path(__file__).parent / "results"
 )
 @click.option("--jobs", default=2, show_default=True, help="Processes, of one thread each.")
 def main(tier: str, out: pathlib.Path, jobs: int) -> None:
-    """Run the quality benchmark; the full tier takes about half an hour on two cores."""
+    """Run the quality benchmark; the full tier takes some 40 minutes on two cores."""
     out.mkdir(parents=True, exist_ok=True)
-    seeds = range(experiments.TIERS[tier].seeds)
+    seeds = experiments.TIERS[tier].seeds
     files = {
         (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
     }
-    missing = [key for key, file in files.items() if not file.exists()]
+    missing = [key for key, file in files.items() if not _is_there(file, tier)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         running = [pool.submit(experiments.record, *key, tier, files[key]) for key in missing]
-        for done in as_completed(running):
-            done.result()
+        try:
+            for done in as_completed(running):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     records = [_read(file) for file in files.values()]
     click.echo(tables.write(records, out))
     stored = [_read(file) for file in sorted(STORED.glob("*.json"))]
     if stored and records[0].tier == stored[0].tier and out.resolve() != STORED:
         farther = tables.outside(records, stored)
         click.echo("\n".join(farther) or "Every average is within the spread of the stored one.")
+
+
+def _is_there(file: pathlib.Path, tier: str) -> bool:
+    if not file.exists():
+        return False
+    try:
+        record = _read(file)
+    except ValueError:
+        record = None
+    if record is None or (record.tier, record.code) != (tier, experiments.code()):
+        raise PCBError(
+            f"go on in {file.parent}",
+            f"{file.name} is of another tier or version",
+            "name another folder",
+        )
+    return True
 
 
 def _read(file: pathlib.Path) -> experiments.Record:

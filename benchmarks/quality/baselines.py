@@ -15,23 +15,25 @@ import torch
 from benchmarks.quality.suite import StateDict, Suite
 
 Part = Literal["intra", "inter", "drop", "rescale"]
-EXAMPLES = 128
 CLIP = 1e-4
 
 
 def fisher(suite: Suite) -> StateDict:
-    """The experts' mean, each value weighed by the diagonal of its expert's Fisher information."""
+    """The experts' mean, each value weighed by the diagonal of its expert's Fisher information.
+
+    As in the released code each diagonal has norm one, and 1e-6 is the least weight.
+    """
     importances = [_fisher(suite, number) for number in range(len(suite.experts))]
     merged = {}
     for name in suite.base:
-        weights = torch.stack([importance[name] for importance in importances]) + 1e-10
+        weights = torch.stack([importance[name] for importance in importances]) + 1e-6
         values = torch.stack([expert[name] for expert in suite.experts])
         merged[name] = (weights * values).sum(0) / weights.sum(0)
     return merged
 
 
 def _fisher(suite: Suite, number: int) -> StateDict:
-    """Mean squared gradients of the log-likelihood of labels that the expert itself draws."""
+    """Squared gradients of the log-likelihood of labels that the expert itself draws."""
     model = suite.model
     model.load_state_dict(suite.experts[number])
     model.eval()
@@ -46,18 +48,15 @@ def _fisher(suite: Suite, number: int) -> StateDict:
             if value.grad is not None:
                 squares[name] += value.grad**2
     model.zero_grad()
-    return squares
+    norm = torch.stack([square.norm() for square in squares.values()]).norm()
+    return {name: square / norm.clamp(min=1e-30) for name, square in squares.items()}
 
 
 def _single(suite: Suite, task: str) -> Iterator[tuple[torch.Tensor, ...]]:
     """Training inputs one by one."""
-    count = 0
     for inputs, _ in suite.data["train"][task]:
         rows, *others = inputs
         for row in rows:
-            if count == EXAMPLES:
-                return
-            count += 1
             yield (row[None], *others)
 
 
@@ -122,8 +121,8 @@ def without(suite: Suite, part: Part | None, density: float, scale: float, scope
     """PCB without one of its parts (with all of them: ``None``), on whole vectors in float32.
 
     Without ``intra`` a score is the tanh alone, without ``inter`` the exponential alone; without
-    ``drop`` scores are rescaled from their minimum on; without ``rescale`` what is kept weighs
-    the same.
+    ``drop`` scores are rescaled from their minimum on (which is density 1); without ``rescale``
+    what is kept weighs the same.
     """
     names = list(suite.base)
     groups = [names] if scope == "model" else [[name] for name in names]

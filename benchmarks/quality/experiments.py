@@ -5,17 +5,20 @@ Everything is chosen on validation data; test data are read at the end, for what
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pathlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import click
 import torch
 from pydantic import BaseModel, ConfigDict
 
+import mergekit_pcb
 from benchmarks.measuring import machine
 from benchmarks.quality import baselines, glyphs, language
 from benchmarks.quality.methods import (
@@ -32,6 +35,9 @@ from benchmarks.quality.suite import Sizes, StateDict, Suite
 from mergekit_pcb import adamerge, combine, contributions, search
 from mergekit_pcb.files import written_whole
 
+PACKAGES = (
+    "transformers", "tokenizers", "cma", "scikit-learn", "matplotlib", "pillow", "numpy", "pydantic"
+)  # fmt: skip
 SCOPES = ("tensor", "model")
 #: Bounds of the searched weights: wide enough to leave an expert out.
 WEIGHTS = (0.0, 3.0)
@@ -53,7 +59,8 @@ class Tier:
     lambdas: tuple[float, ...]
     clips: tuple[float, ...]
     epochs: int
-    seeds: int
+    #: Other seeds than those that schedules and rates were tried on.
+    seeds: tuple[int, ...]
 
 
 TIERS = {
@@ -66,7 +73,7 @@ TIERS = {
         lambdas=(0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0),
         clips=(0.0, 1e-4, 1e-3, 1e-2, 0.1),
         epochs=5,
-        seeds=3,
+        seeds=(10, 11, 12),
     ),
     "small": Tier(
         language.Schedule(base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)),
@@ -77,7 +84,7 @@ TIERS = {
         lambdas=(1.0,),
         clips=(1e-4,),
         epochs=1,
-        seeds=1,
+        seeds=(10,),
     ),
 }
 
@@ -113,12 +120,18 @@ class Record(_Strict):
     tier: str
     seed: int
     machine: str
+    versions: str
+    #: Digests of the code that made the record, and of the data that were evaluated.
+    code: str
+    data: str
     seconds: float
     tasks: tuple[str, ...]
     base: Row
     individual: dict[str, float]
-    published: list[Row]
+    first: list[Row]
     searched: list[Row]
+    #: Of every method: the scores on validation data and knobs of its trials, the best first.
+    trials: dict[str, list[tuple[float, Knobs]]]
     weighted: list[Row]
     adapted: list[Row]
     ablation: list[Row]
@@ -131,20 +144,34 @@ class Record(_Strict):
 BUILD = {"language": language.build, "glyphs": glyphs.build}
 
 
+def code() -> str:
+    """Of the package and of this benchmark's files that have a say in the numbers."""
+    digest = hashlib.blake2b(digest_size=8)
+    here = pathlib.Path(__file__).parent
+    package = pathlib.Path(mergekit_pcb.__file__).parent
+    for file in (*sorted(here.glob("*.py")), *sorted(package.glob("*.py"))):
+        if file.name not in ("__main__.py", "tables.py"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 class _Chosen:
     """Merged models that wait for the test data."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
         self.rows: list[tuple[str, Knobs, float, StateDict]] = []
+        self.trials: dict[str, list[tuple[float, Knobs]]] = {}
 
     def add(self, method: str, knobs: Knobs, state: StateDict, score: float | None = None) -> None:
         score = self.suite.validation(state) if score is None else score
         self.rows.append((method, knobs, score, state))
 
-    def add_searched(self, method: Method, budget: int, seed: int) -> None:
-        knobs, score = method.searched(self.suite, budget, seed)
+    def add_searched(self, method: Method, budget: int) -> None:
+        trials = method.searched(self.suite, budget, self.suite.seed)
+        score, knobs = trials[0]
         self.add(method.name, knobs, method.merge(self.suite, knobs), score)
+        self.trials[method.name] = trials
 
     def tested(self) -> list[Row]:
         return [
@@ -178,17 +205,17 @@ def run(name: str, seed: int, tier_name: str) -> Record:
 
     suite = BUILD[name](seed, getattr(tier, name))
     told("trained")
-    published, searched = _Chosen(suite), _Chosen(suite)
+    first, searched = _Chosen(suite), _Chosen(suite)
     for method in METHODS:
         (knobs,) = method.trials(1, seed)
-        published.add(method.name, knobs, method.merge(suite, knobs))
-        searched.add_searched(method, tier.budget, seed)
+        first.add(method.name, knobs, method.merge(suite, knobs))
+        searched.add_searched(method, tier.budget)
     told("merged by every method")
     best = {row[0]: row[1] for row in searched.rows}
     weighted = _weighted(suite, best, tier.weight_budget, seed)
     told("weights searched")
     adapted = _adapted(suite, best[PCB.name], tier.epochs) if suite.metric == "accuracy" else None
-    ablation = _ablation(suite, max(2, tier.budget * 3 // 4), seed)
+    ablation = _ablation(suite, tier.budget)
     told("parts left out")
     clip = _clip(suite, best, tier.clips)
     sweeps = [_sweep(suite, scope, tier) for scope in SCOPES]
@@ -197,7 +224,7 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     for count in range(2, len(suite.tasks) + 1):
         counts[count] = _Chosen(suite.among(count))
         for method in (LINEAR, TASK_ARITHMETIC, TIES, PCB, PCB_MODEL):
-            counts[count].add_searched(method, max(2, tier.budget // 2), seed)
+            counts[count].add_searched(method, max(2, tier.budget // 2))
     told("merged in part")
     # From here on test data are read, and nothing is chosen any more.
     base = _Chosen(suite)
@@ -208,14 +235,18 @@ def run(name: str, seed: int, tier_name: str) -> Record:
         tier=tier_name,
         seed=seed,
         machine=machine(),
+        versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        code=code(),
+        data=suite.digest(),
         tasks=suite.tasks,
         base=base.tested()[0],
         individual={
             task: suite.scores(expert, "test")[task]
             for task, expert in zip(suite.tasks, suite.experts, strict=True)
         },
-        published=published.tested(),
+        first=first.tested(),
         searched=searched.tested(),
+        trials=searched.trials,
         weighted=weighted.tested(),
         adapted=adapted.tested() if adapted else [],
         ablation=ablation.tested(),
@@ -272,7 +303,7 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> _Chosen:
     batches = [batch for task in suite.tasks for batch, _ in suite.data["validation"][task]]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
     starts = {
-        "published start": {"density": PCB.knobs[0].published, "lambda": START},
+        "usual start": {"density": PCB.knobs[0].first, "lambda": START},
         "best start": best,
     }
     for name, knobs in starts.items():
@@ -293,17 +324,20 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> _Chosen:
     return chosen
 
 
-def _ablation(suite: Suite, budget: int, seed: int) -> _Chosen:
-    """PCB without each of its parts; every variant is searched like PCB itself."""
+def _ablation(suite: Suite, budget: int) -> _Chosen:
+    """PCB without each of its parts; every variant is searched like PCB itself.
+
+    Nothing is dropped at density 1, so the variant without the drop has lambda alone to search.
+    """
     chosen = _Chosen(suite)
     for scope in SCOPES:
-        for part in (None, "intra", "inter", "drop", "rescale"):
+        for part in ("intra", "inter", "drop", "rescale"):
 
             def merge(suite: Suite, k: Knobs, part: Any = part, scope: str = scope) -> StateDict:
-                return baselines.without(suite, part, k["density"], k["lambda"], scope)
+                return baselines.without(suite, part, k.get("density", 1.0), k["lambda"], scope)
 
-            name = f"scope: {scope}, " + (f"without {part}" if part else "complete")
-            chosen.add_searched(Method(name, PCB.knobs, merge), budget, seed)
+            knobs = tuple(k for k in PCB.knobs if part != "drop" or k.name != "density")
+            chosen.add_searched(Method(f"scope: {scope}, without {part}", knobs, merge), budget)
     return chosen
 
 

@@ -1,8 +1,14 @@
 """The methods, their knobs, and the one search that each of them gets.
 
-All but the last two run through mergekit itself. The first trial of a search is what a
-method's authors publish (or, where they do not say, mergekit's default); the others fill the
-box of its knobs evenly, and validation data choose.
+All but Fisher merging and RegMean run through mergekit itself. The first trial of a search is one
+usual setting: what the authors use where they say so, else a value that is often seen. The other
+trials fill the box of the knobs evenly, and validation data choose.
+
+Sources of the first settings: task arithmetic, arXiv 2212.04089 (0.4); TIES, arXiv 2306.01708 (0.2
+and 1); DELLA's released command (drop rate 0.3, window 0.14, scale 1.1); RegMean, arXiv 2212.09849
+(0.9); Model Breadcrumbs, arXiv 2312.06795 (a seventh kept, the largest 0.7 % left out, 0.3); SCE,
+arXiv 2408.07990 (a tenth). DARE's authors merge with a drop rate of 0.2 and with the scale of task
+arithmetic. For pcb it is the default of this package.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ class Knob:
     """A number that is searched from ``low`` to ``high``, evenly in its logarithm."""
 
     name: str
-    published: float
+    first: float
     low: float
     high: float = 1.0
 
@@ -45,7 +51,7 @@ class Method:
 
     def trials(self, budget: int, seed: int) -> list[Knobs]:
         """The settings to try; a method without knobs has one."""
-        tried = [{knob.name: knob.published for knob in self.knobs}]
+        tried = [{knob.name: knob.first for knob in self.knobs}]
         if self.knobs and budget > 1:
             engine = torch.quasirandom.SobolEngine(len(self.knobs), scramble=True, seed=seed)
             tried += [
@@ -54,14 +60,13 @@ class Method:
             ]
         return tried
 
-    def searched(self, suite: Suite, budget: int, seed: int) -> tuple[Knobs, float]:
-        """The best of the trials on validation data, and its score."""
+    def searched(self, suite: Suite, budget: int, seed: int) -> list[tuple[float, Knobs]]:
+        """All trials with their scores on validation data, the best first."""
         found = [
-            (suite.validation(self.merge(suite, knobs)), number, knobs)
-            for number, knobs in enumerate(self.trials(budget, seed))
+            (suite.validation(self.merge(suite, knobs)), knobs)
+            for knobs in self.trials(budget, seed)
         ]
-        score, _, knobs = max(found, key=lambda trial: (trial[0], -trial[1]))
-        return knobs, score
+        return sorted(found, key=lambda trial: -trial[0] if math.isfinite(trial[0]) else math.inf)
 
 
 def by_mergekit(
@@ -69,7 +74,7 @@ def by_mergekit(
 ) -> StateDict:
     """Merge in memory, as mergekit-yaml would from files."""
     models = {f"expert {number}": expert for number, expert in enumerate(suite.experts)}
-    torch.manual_seed(0)  # mergekit's own random methods draw from the global generator
+    torch.manual_seed(suite.seed)  # mergekit's own random methods draw from the global generator
     with torch.no_grad():
         if not with_base:
             return merge_state_dicts(models, method, parameters=parameters)
@@ -92,7 +97,7 @@ def _task_vectors(name: str, *knobs: Knob) -> Method:
 
 def _della(suite: Suite, knobs: Knobs) -> StateDict:
     """``spread`` is how much of its room epsilon takes: densities must stay within 0 and 1."""
-    density = min(knobs["density"], 0.98)
+    density = knobs["density"]
     epsilon = knobs["spread"] * 2 * min(density, 1 - density)
     parameters = {"weight": 1.0, "density": density, "epsilon": epsilon, "lambda": knobs["lambda"]}
     return by_mergekit(suite, "della", parameters)
@@ -114,9 +119,13 @@ METHODS: Sequence[Method] = (
     Method("model_stock", (), lambda suite, _: by_mergekit(suite, "model_stock", {})),
     TASK_ARITHMETIC,
     TIES,
-    _task_vectors("dare_linear", _density(0.1), _lambda(0.4)),
-    _task_vectors("dare_ties", _density(0.1), _lambda(0.4)),
-    Method("della", (_density(0.3), Knob("spread", 0.25, 0.02, 0.49), _lambda(1.0)), _della),
+    _task_vectors("dare_linear", _density(0.8), _lambda(0.4)),
+    _task_vectors("dare_ties", _density(0.8), _lambda(0.4)),
+    Method(
+        "della",
+        (Knob("density", 0.7, 0.02, 0.98), Knob("spread", 0.117, 0.02, 0.49), _lambda(1.1)),
+        _della,
+    ),
     _task_vectors("breadcrumbs", _density(0.14), Knob("gamma", 0.007, 0.001, 0.05), _lambda(0.3)),
     Method(
         "sce",

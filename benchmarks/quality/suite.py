@@ -6,6 +6,7 @@ choose among merges, test data are read once, for what was chosen.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Suite:
 
     name: str
     metric: Literal["accuracy", "loss"]
+    seed: int
     tasks: tuple[str, ...]
     model: torch.nn.Module
     base: StateDict
@@ -64,12 +66,23 @@ class Suite:
         return Suite(
             self.name,
             self.metric,
+            self.seed,
             tasks,
             self.model,
             self.base,
             self.experts[:count],
             {split: {task: part[task] for task in tasks} for split, part in self.data.items()},
         )
+
+    def digest(self) -> str:
+        """Of all that is evaluated: the same on two machines if their data are."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (*self.data.values(), self.elsewhere):
+            for batches in part.values():
+                for inputs, labels in batches:
+                    for tensor in (*inputs, labels):
+                        digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def _score(self, state: StateDict, batches: Sequence[Batch]) -> float:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
-from benchmarks.quality.experiments import BUILD, Record, Row
+from benchmarks.quality.experiments import BUILD, TIERS, Record, Row
 from benchmarks.quality.methods import PCB, PCB_MODEL
 from mergekit_pcb.files import written_whole
 
+#: The two-sided 5 % points of Student's t for means of so many values.
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 Rows = Callable[[Record], Sequence[Row]]
 
 
@@ -30,50 +33,43 @@ def write(records: Sequence[Record], folder: pathlib.Path) -> str:
 def outside(records: Sequence[Record], stored: Sequence[Record]) -> list[str]:
     """Which averages of searched methods are farther from the stored ones than seeds scatter.
 
-    Farther than twice the standard deviation of a mean's difference.
+    Seed by seed, against the standard deviation between the stored seeds.
     """
     found = []
-    for own, other in _paired_suites(records, stored):
-        for (name, mine), (_, theirs) in zip(
-            _by_method(own, _searched), _by_method(other, _searched), strict=True
-        ):
-            a, b = [_average(row) for row in mine], [_average(row) for row in theirs]
-            spread = (_deviation(a) ** 2 / len(a) + _deviation(b) ** 2 / len(b)) ** 0.5
-            distance = abs(statistics.mean(a) - statistics.mean(b))
-            if distance > 2 * spread:
-                found.append(f"{own[0].suite}, {name}: {distance:.4f} away, spread {spread:.4f}")
+    for (suite, own), (_, other) in zip(_suites(records), _suites(stored), strict=True):
+        if {record.data for record in own} != {record.data for record in other}:
+            found.append(f"{suite}: evaluated on other data than the stored tables")
+        theirs = dict(_by_method(other, _searched))
+        for method, mine in _by_method(own, _searched):
+            spread = _deviation([_average(row) for row in theirs[method]])
+            distance = statistics.mean(
+                _average(a) - _average(b) for a, b in zip(mine, theirs[method], strict=True)
+            )
+            if abs(distance) > spread:
+                found.append(f"{suite}, {method}: {distance:+.4f} away, spread {spread:.4f}")
     return found
 
 
 def summary(records: Sequence[Record]) -> Iterable[str]:
-    """The normalised scores of every method and suite, as published and searched."""
+    """The normalised scores of every method and suite, at the first setting and searched."""
     suites = list(_suites(records))
     yield _line(
         [
             "model",
-            *(f"{name}, {how}" for name, _ in suites for how in ("as published", "searched")),
+            *(f"{name}, {how}" for name, _ in suites for how in ("first setting", "searched")),
         ]
     )
     yield _line(["---", *["---:"] * (2 * len(suites))])
-    published = [dict(_by_method(own, lambda record: record.published)) for _, own in suites]
+    first = [dict(_by_method(own, lambda record: record.first)) for _, own in suites]
     searched = [dict(_by_method(own, _searched)) for _, own in suites]
     for method in dict.fromkeys(name for found in searched for name in found):
         cells = [method]
         for number, (_, own) in enumerate(suites):
-            for found in (published[number], searched[number]):
+            for found in (first[number], searched[number]):
                 rows = zip(own, found.get(method, ()), strict=False)
                 values = [_normalised(record, row) for record, row in rows]
                 cells.append(_percent(values) if values else "")
         yield _line(cells)
-
-
-def _paired_suites(
-    records: Sequence[Record], stored: Sequence[Record]
-) -> Iterable[tuple[list[Record], list[Record]]]:
-    other = dict(_suites(stored))
-    for name, own in _suites(records):
-        if name in other:
-            yield own, other[name]
 
 
 def _suites(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
@@ -86,11 +82,13 @@ def _suites(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
 def _tables(records: Sequence[Record]) -> Iterable[str]:
     yield "# Quality benchmark"
     yield ""
-    for machine in dict.fromkeys(record.machine for record in records):
+    for machine in dict.fromkeys(f"{record.machine}; {record.versions}" for record in records):
         yield f"{machine}.  "
     seeds = sorted({record.seed for record in records})
     minutes = sum(record.seconds for record in records) / 60
-    yield f"Tier {records[0].tier}, seeds {seeds}, {minutes:.0f} minutes of one thread in all."
+    yield f"Tier {records[0].tier}, seeds {seeds}, {minutes:.0f} minutes of one thread in all.  "
+    yield "± is the standard deviation between seeds. Leads are taken seed by seed, + is better;"
+    yield "a * stands where Student's t puts them beyond chance (p < 0.05, each by itself)."
     yield "\n## Share of what the experts reach\n"
     bases = [
         f"{name} {_percent([_normalised(record, record.base) for record in own])}"
@@ -104,11 +102,16 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         what = "accuracy in %" if first.metric == "accuracy" else "loss in nats per token"
         yield f"\n## {name}: {what} on test data\n"
         yield "### Every method after the same search on validation data\n"
+        yield "Methods without knobs have one trial. Weights are searched afterwards (CMA-ES), in"
+        yield f"{TIERS[first.tier].weight_budget} trials more, and applied by `combine`.\n"
         yield from _table(own, _searched, with_tasks=True)
-        yield "\n### As published, without any search\n"
-        yield from _table(own, lambda record: record.published)
-        yield "\n### Parts of PCB left out, each variant searched\n"
-        yield from _table(own, lambda record: record.ablation, reference="scope: tensor, complete")
+        yield "\n### The same, each task's share of its own expert\n"
+        yield from _shares(own)
+        yield "\n### At the first setting, without any search\n"
+        yield from _table(own, lambda record: record.first)
+        for scope, complete in (("tensor", PCB.name), ("model", PCB_MODEL.name)):
+            yield f"\n### Parts of PCB left out, scope: {scope}, each variant searched alike\n"
+            yield from _table(own, partial(_ablated, scope, complete), reference=complete)
         yield "\n### clip, at the best density and lambda\n"
         yield from _table(
             own,
@@ -121,7 +124,7 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         if first.adapted:
             yield "\n### AdaMerging: coefficients without labels\n"
             yield from _table(own, lambda record: record.adapted, reference="fixed, best start")
-        yield "\n### The first tasks only\n"
+        yield "\n### The first tasks only, in the order of the columns above, half as many trials\n"
         yield from _counts(own)
         yield ""
         yield from _choices_by_count(own)
@@ -153,7 +156,7 @@ def _table(
     first = records[0]
     heading = ["model", "average", "normalised"]
     heading += [f"against {reference}"] if reference else []
-    heading += list(first.tasks) if with_tasks else []
+    heading += ["trials", *first.tasks] if with_tasks else []
     yield _line(heading)
     yield _line(["---", *["---:"] * (len(heading) - 1)])
     methods = list(_by_method(records, rows))
@@ -179,11 +182,39 @@ def _table(
             leads = [_average(a) - _average(b) for a, b in zip(found, against, strict=True)]
             cells.append("" if found is against else _lead(first.metric, leads))
         if with_tasks:
+            cells.append(str(len(first.trials[name])) if name in first.trials else "")
             cells += [
                 _shown(first.metric, [row.test[task] for row in found], spread=False)
                 for task in first.tasks
             ]
         yield _line(cells)
+
+
+def _ablated(scope: str, complete: str, record: Record) -> list[Row]:
+    whole = [row for row in record.searched if row.method == complete]
+    return whole + [row for row in record.ablation if row.method.startswith(f"scope: {scope}")]
+
+
+def _shares(records: Sequence[Record]) -> Iterable[str]:
+    """The normalised score of each task by itself."""
+    tasks = records[0].tasks
+    yield _line(["model", *tasks])
+    yield _line(["---", *["---:"] * len(tasks)])
+    for name, found in _by_method(records, _searched):
+        cells = [
+            _percent(
+                [_share(record, task, row) for record, row in zip(records, found, strict=True)]
+            )
+            for task in tasks
+        ]
+        yield _line([name, *cells])
+
+
+def _share(record: Record, task: str, row: Row) -> float:
+    if record.metric == "accuracy":
+        return row.test[task] / record.individual[task]
+    base = record.base.test[task]
+    return (row.test[task] - base) / (record.individual[task] - base)
 
 
 def _counts(records: Sequence[Record]) -> Iterable[str]:
@@ -245,9 +276,9 @@ def _average(row: Row) -> float:
 
 
 def _normalised(record: Record, row: Row) -> float:
-    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' gain."""
+    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' mean gain."""
     if record.metric == "accuracy":
-        return statistics.mean(score / record.individual[task] for task, score in row.test.items())
+        return statistics.mean(_share(record, task, row) for task in row.test)
     base = statistics.mean(record.base.test[task] for task in row.test)
     expert = statistics.mean(record.individual[task] for task in row.test)
     return (_average(row) - base) / (expert - base)
@@ -266,7 +297,9 @@ def _shown(metric: str, values: Sequence[float], *, spread: bool = True) -> str:
 def _lead(metric: str, values: Sequence[float]) -> str:
     scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
     mean, deviation = scale * statistics.mean(values), scale * _deviation(values)
-    return f"{mean:+.{digits}f} ± {deviation:.{digits}f}"
+    count = len(values)
+    beyond = count in STUDENT and abs(mean) > STUDENT[count] * deviation / count**0.5
+    return f"{mean:+.{digits}f} ± {deviation:.{digits}f}{' *' if beyond else ''}"
 
 
 def _percent(values: Sequence[float]) -> str:
