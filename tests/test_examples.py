@@ -11,7 +11,7 @@ from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import ROOT
 from reference import dare_factors
 from reference import pcb as reference
-from test_whole_model import whole_reference
+from test_whole_model import whole_reference, with_tokenizer
 
 EXAMPLES = sorted((ROOT / "examples" / "yaml").glob("*.yml"))
 WEIGHTS = {
@@ -103,3 +103,17 @@ def test_adamerging_gains_over_the_coefficients_it_starts_from():
     assert found["fixed at 0.3"] > found["base"]
     assert found["learned per task, from 0.3"] > found["fixed at 0.3"] + 3
     assert found["learned per layer, from 0.3"] > found["fixed at 0.3"]
+
+
+def test_the_score_of_a_model_is_its_last_number(tmp_path):
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    with_tokenizer(model, ["<unk>", "import", "the", "of"])
+    script = ROOT / "examples" / "python" / "score.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(model)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(number) for number in re.findall(r": ([\d.]+)", done.stdout)]
+    assert len(losses) == 3
+    assert float(done.stdout.split()[-1]) == pytest.approx(-sum(losses) / 3)
