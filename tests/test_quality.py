@@ -13,8 +13,10 @@ from conftest import ROOT
 # Behind the installed package, so that it is the one that is benchmarked.
 sys.path.append(str(ROOT))
 
-from benchmarks.quality import baselines, experiments, glyphs, language, methods
+from benchmarks.quality import baselines, experiments, glyphs, language, methods, tables
 from benchmarks.quality.suite import SPLITS, Suite
+
+STORED = ROOT / "benchmarks" / "quality" / "results"
 
 
 class Classifier(torch.nn.Module):
@@ -235,3 +237,21 @@ def test_a_small_tier_of_everything(tmp_path):
     assert run().returncode == 0
     assert kept.stat().st_mtime_ns == before
     assert re.sub(r'"seconds".*', "", remade.read_text()) == re.sub(r'"seconds".*', "", text)
+
+
+def test_stored_tables_are_those_of_the_stored_records(tmp_path):
+    records = [
+        experiments.Record.model_validate_json(file.read_text())
+        for file in sorted(STORED.glob("*.json"))
+    ]
+    assert {record.tier for record in records} == {"full"}
+    for name in experiments.BUILD:
+        assert sum(record.suite == name for record in records) >= 3
+    assert tables.write(records, tmp_path) == (STORED / "tables.md").read_text()
+    assert tables.outside(records, records) == []
+    worse = {task: score - 1.0 for task, score in records[0].searched[0].test.items()}
+    row = records[0].searched[0].model_copy(update={"test": worse})
+    other = records[0].model_copy(update={"searched": [row, *records[0].searched[1:]]})
+    (complaint,) = tables.outside([other, *records[1:]], records)
+    assert row.method in complaint
+    assert "\n".join(tables.summary(records)) in (ROOT / "README.md").read_text()
