@@ -10,7 +10,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -31,7 +31,7 @@ from benchmarks.quality.methods import (
     Knobs,
     Method,
 )
-from benchmarks.quality.suite import Sizes, StateDict, Suite
+from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
 from mergekit_pcb import adamerge, combine, contributions, search
 from mergekit_pcb.files import written_whole
 
@@ -51,8 +51,8 @@ START = 0.3
 class Tier:
     """How much is done: schedules of training, trials of a search, grids of the sweeps."""
 
-    language: language.Schedule
-    glyphs: glyphs.Schedule
+    language: Schedule
+    glyphs: Schedule
     budget: int
     weight_budget: int
     densities: tuple[float, ...]
@@ -65,8 +65,8 @@ class Tier:
 
 TIERS = {
     "full": Tier(
-        language.Schedule(),
-        glyphs.Schedule(),
+        language.SCHEDULE,
+        glyphs.SCHEDULE,
         budget=12,
         weight_budget=40,
         densities=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
@@ -76,8 +76,8 @@ TIERS = {
         seeds=(10, 11, 12),
     ),
     "small": Tier(
-        language.Schedule(base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)),
-        glyphs.Schedule(base_steps=60, expert_steps=15, looked_at=Sizes(40, 40, 40)),
+        replace(language.SCHEDULE, base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)),
+        replace(glyphs.SCHEDULE, base_steps=60, expert_steps=15, looked_at=Sizes(40, 40, 40)),
         budget=2,
         weight_budget=3,
         densities=(0.1,),

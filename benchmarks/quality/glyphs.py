@@ -14,14 +14,13 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from benchmarks.quality.suite import SPLITS, Batch, Sizes, Split, Suite, snapshot, train
+from benchmarks.quality.suite import SPLITS, Batch, Schedule, Sizes, Split, Suite, snapshot, train
 
 Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
 Manner = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -82,18 +81,14 @@ MANNERS = [_upside_down, *(manner for _, manner, _ in ALPHABETS.values())]
 MIXED_IN = 0.2
 TEMPERATURE = 16.0
 DIGITS = {"train": 800, "validation": 400, "test": 597}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train, and how many images of each task to look at then."""
-
-    base_steps: int = 1200
-    base_rate: float = 3e-3
-    expert_steps: int = 200
-    expert_rate: float = 3e-4
-    batch: int = 64
-    looked_at: Sizes = Sizes(train=256, validation=400, test=600)  # noqa: RUF009 - a tuple
+SCHEDULE = Schedule(
+    base_steps=1200,
+    base_rate=3e-3,
+    expert_steps=200,
+    expert_rate=3e-4,
+    batch=64,
+    looked_at=Sizes(train=256, validation=400, test=600),
+)
 
 
 class Encoder(torch.nn.Module):
@@ -149,7 +144,7 @@ def build(seed: int, schedule: Schedule) -> Suite:
 
 
 class _Source(Protocol):
-    """Images ``[any, 1, SIDE, SIDE]`` of one task, and their classes."""
+    """Images ``[any, 3, SIDE, SIDE]`` of one task, and their classes."""
 
     classes: int
 
@@ -248,7 +243,7 @@ def _glyph(point: int) -> torch.Tensor:
 
 
 def _written(images: torch.Tensor, colours: Colours | None, draw: torch.Generator) -> torch.Tensor:
-    """Turned, slanted, scaled, moved, halved in size, light or dark, and noisy."""
+    """Turned, slanted, scaled, moved, halved in size, coloured, and a little noisy."""
 
     def between(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(images), generator=draw)

@@ -15,12 +15,21 @@ import pathlib
 import random
 import sysconfig
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.quality.suite import SPLITS, Batch, Sizes, Split, StateDict, Suite, snapshot, train
+from benchmarks.quality.suite import (
+    SPLITS,
+    Batch,
+    Schedule,
+    Sizes,
+    Split,
+    StateDict,
+    Suite,
+    snapshot,
+    train,
+)
 from mergekit_pcb import demo
 
 #: What the base learns from: mostly prose, so that the experts have something to learn.
@@ -33,18 +42,14 @@ CHARACTERS_PER_FILE = 20_000
 TELLING_LINE = 20
 KNOWN_SHARE = 0.1
 SEQUENCES_IN_A_BATCH = 24
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train, and how many sequences of each domain to look at then."""
-
-    base_steps: int = 700
-    base_rate: float = 3e-3
-    expert_steps: int = 200
-    expert_rate: float = 3e-4
-    batch: int = 16
-    looked_at: Sizes = Sizes(train=64, validation=16, test=48)  # noqa: RUF009 - a tuple
+SCHEDULE = Schedule(
+    base_steps=700,
+    base_rate=3e-3,
+    expert_steps=200,
+    expert_rate=3e-4,
+    batch=16,
+    looked_at=Sizes(train=64, validation=16, test=48),
+)
 
 
 class Predictor(torch.nn.Module):

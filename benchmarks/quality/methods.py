@@ -82,12 +82,12 @@ def by_mergekit(
         return merge_state_dicts(models, method, base="base", parameters=parameters)
 
 
-def _density(published: float) -> Knob:
-    return Knob("density", published, 0.02)
+def _density(first: float) -> Knob:
+    return Knob("density", first, 0.02)
 
 
-def _lambda(published: float) -> Knob:
-    return Knob("lambda", published, 0.1, 3.0)
+def _lambda(first: float) -> Knob:
+    return Knob("lambda", first, 0.1, 3.0)
 
 
 def _task_vectors(name: str, *knobs: Knob) -> Method:

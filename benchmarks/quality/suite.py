@@ -29,6 +29,18 @@ class Sizes(NamedTuple):
     test: int
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train, and how much of each task to look at then."""
+
+    base_steps: int
+    base_rate: float
+    expert_steps: int
+    expert_rate: float
+    batch: int
+    looked_at: Sizes
+
+
 @dataclass(frozen=True, eq=False)
 class Suite:
     """Models and data of one seed.
