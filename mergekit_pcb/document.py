@@ -21,7 +21,7 @@ from mergekit_pcb import dare
 from mergekit_pcb.balance import Balance
 from mergekit_pcb.dare import Dare
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.files import written_whole
+from mergekit_pcb.files import write_text
 from mergekit_pcb.statistics import Recipe, Statistics
 
 
@@ -117,8 +117,7 @@ class Document(_Strict):
 
     def write(self, path: pathlib.Path) -> None:
         """Write all of the document or none of it."""
-        with written_whole(path) as unfinished:
-            unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_text(path, self.model_dump_json(indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -19,3 +19,9 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # the folder may be none
             unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write all of a text in UTF-8, or nothing."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import mergekit_pcb
 from mergekit_pcb import checkpoints, merging
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.files import written_whole
+from mergekit_pcb.files import write_text, written_whole
 from mergekit_pcb.method import observed
 from mergekit_pcb.statistics import Statistics
 from mergekit_pcb.task_vectors import Aligned, Scratch
@@ -297,10 +297,8 @@ def write(report: Report, page: str, folder: pathlib.Path) -> list[pathlib.Path]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         html, data, table = (folder / n for n in ("report.html", "report.json", "tensors.csv"))
-        with written_whole(html) as unfinished:
-            unfinished.write_text(page, encoding="utf-8")
-        with written_whole(data) as unfinished:
-            unfinished.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_text(html, page)
+        write_text(data, report.model_dump_json(indent=1) + "\n")
         with (
             written_whole(table) as unfinished,
             unfinished.open("w", encoding="utf-8", newline="") as rows,

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from mergekit_pcb import checkpoints
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.files import written_whole
+from mergekit_pcb.files import write_text
 from mergekit_pcb.merging import contributions as contributions_of
 from mergekit_pcb.method import observed
 from mergekit_pcb.state_dicts import Model, StateDict, combine, contributions
@@ -392,7 +392,7 @@ def _past(job: Job, *, resume: bool) -> list[Trial]:
             break
         whole += line
     if whole != text:  # killed while it wrote the last line
-        _replace(job.log, whole)
+        write_text(job.log, whole)
     return trials
 
 
@@ -403,15 +403,10 @@ def _append(file: pathlib.Path, line: str) -> None:
         os.fsync(log.fileno())
 
 
-def _replace(file: pathlib.Path, text: str) -> None:
-    with written_whole(file) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
 def _write_best(job: Job, best: Trial) -> None:
     made = configured(job.configuration, best.weights, best.shared)
     text = f"# score {best.score:g} in trial {best.trial} of mergekit-pcb search\n"
-    _replace(job.output, text + yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
+    write_text(job.output, text + yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
 
 
 def _score(job: Job, model: pathlib.Path) -> float:
@@ -494,7 +489,7 @@ class _Merges:
 
         with observed(keep):
             self._merge(self._job.configuration, self._skeleton)
-        _replace(self._parts / "index.json", json.dumps(index))
+        write_text(self._parts / "index.json", json.dumps(index))
 
     def _sum(self, weights: Sequence[float], scale: float | None) -> None:
         """Write the sum for these values; for those that are not searched, as they were merged."""

@@ -33,7 +33,7 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
 from mergekit_pcb import adamerge, combine, contributions, search
-from mergekit_pcb.files import written_whole
+from mergekit_pcb.files import write_text
 
 PACKAGES = (
     "transformers", "tokenizers", "cma", "scikit-learn", "matplotlib", "pillow", "numpy", "pydantic"
@@ -190,9 +190,7 @@ def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
     """Do everything in one thread, so that no bit depends on what else runs, and write it."""
     torch.set_num_threads(1)
     logging.getLogger("mergekit_pcb").setLevel(logging.ERROR)  # a search asks for odd things, too
-    text = run(name, seed, tier).model_dump_json(indent=1)
-    with written_whole(file) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
+    write_text(file, run(name, seed, tier).model_dump_json(indent=1) + "\n")
 
 
 def run(name: str, seed: int, tier_name: str) -> Record:

@@ -13,7 +13,7 @@ from functools import partial
 
 from benchmarks.quality.experiments import BUILD, TIERS, Record, Row
 from benchmarks.quality.methods import PCB, PCB_MODEL
-from mergekit_pcb.files import written_whole
+from mergekit_pcb.files import write_text
 
 #: The two-sided 5 % points of Student's t for means of so many values.
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
@@ -23,8 +23,7 @@ Rows = Callable[[Record], Sequence[Row]]
 def write(records: Sequence[Record], folder: pathlib.Path) -> str:
     """Write ``tables.md`` and the figures; return the tables."""
     text = "\n".join(_tables(records))
-    with written_whole(folder / "tables.md") as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_text(folder / "tables.md", text)
     _draw_sweeps(records, folder / "sweeps.png")
     _draw_counts(records, folder / "tasks.png")
     return text
