@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ROOT
 
 # Behind the installed package, so that it is the one that is benchmarked.
 sys.path.append(str(ROOT))
 
 from benchmarks.quality import baselines, experiments, glyphs, language, methods, tables
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.suite import SPLITS, Suite
 
 STORED = ROOT / "benchmarks" / "quality" / "results"
@@ -134,6 +136,16 @@ def test_regmean_agrees_better_with_the_experts_than_their_mean(suite):
             assert distances(moved)[layer] > found[layer]
 
 
+def test_fisher_with_coefficients(suite):
+    """A coefficient of zero leaves an expert out; a common factor changes nothing."""
+    alone = baselines.fisher(suite, [0.0, 2.0])
+    for name, tensor in suite.experts[1].items():
+        assert torch.allclose(alone[name], tensor, atol=1e-6), name
+    ones, twos = baselines.fisher(suite), baselines.fisher(suite, [2.0, 2.0])
+    for name, tensor in ones.items():
+        assert torch.allclose(twos[name], tensor, atol=1e-6), name
+
+
 def test_fisher_leans_to_the_expert_that_cares(suite):
     """An expert whose loss does not depend on a weight has no say in it."""
     suite.experts[0]["out.weight"].zero_()
@@ -167,22 +179,38 @@ def test_fisher_is_the_known_one_of_a_fair_coin():
 def test_searches_are_equal_and_begin_at_the_first_setting():
     for method in methods.METHODS:
         trials = method.trials(8, seed=1)
-        assert len(trials) == (8 if method.knobs else 1)
+        numbers = [knob for knob in method.knobs if isinstance(knob, methods.Knob)]
+        assert len(trials) == (8 if numbers else 2 if method.knobs else 1)
         assert trials[0] == {knob.name: knob.first for knob in method.knobs}
         assert len({tuple(knobs.items()) for knobs in trials}) == len(trials)
         for knobs, knob in itertools.product(trials, method.knobs):
             assert knob.low <= knobs[knob.name] <= knob.high
 
 
+def test_the_best_trial_is_the_highest_that_is_a_number():
+    trials = [(math.nan, {}), (1.0, {"a": 0}), (2.0, {"a": 1}), (2.0, {"a": 2}), (-math.inf, {})]
+    assert methods.best_of(trials) == (2.0, {"a": 1})
+
+
+def test_some_tasks_are_merged_from_their_own_experts(suite):
+    some = suite.among(["b"])
+    assert some.tasks == ("b",)
+    assert some.experts == [suite.experts[1]]
+    assert set(some.scores(suite.base, "test")) == {"b"}
+
+
 def test_no_text_is_in_two_parts():
+    general = language.texts("general", language.GENERAL_CHARACTERS)
     for task in language.TASKS:
-        parts = language.parts_of(language.texts(task))
+        parts = language.parts_of(language.texts(task), general)
         assert len(parts["validation"]) >= 4
         assert len(parts["test"]) >= 8
-        known = {line for file in parts["train"] for line in language.telling_lines(file)}
+        trained_on = parts["train"] + general
+        known = {line for file in trained_on for line in language.telling_lines(file)}
         for one, other in itertools.combinations(SPLITS, 2):
             assert not set(parts[one]) & set(parts[other]), task
         for file in parts["validation"] + parts["test"]:
+            assert file not in general
             assert language.known_share(file, known) <= 0.1
 
 
@@ -197,6 +225,14 @@ def test_no_image_is_in_two_parts():
             parts.append(source.training(labels).flatten(1))
         rows = [tuple(image) for part in parts for image in part.tolist()]
         assert len(set(rows)) == len(rows)
+
+
+def test_a_seed_of_another_tier_is_told(tmp_path):
+    command = ["--tier", "small", "--seed", "3", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "the seeds of tier small are (10,)" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_small_tier_of_everything(tmp_path):
@@ -217,12 +253,16 @@ def test_a_small_tier_of_everything(tmp_path):
         assert len(record.searched) == len(methods.METHODS)
         rows = [
             *record.first, *record.searched, *record.weighted, *record.adapted,
-            *record.ablation, *record.clip, *itertools.chain(*record.tasks_merged.values()),
+            *record.ablation, *record.clip,
+            *itertools.chain(*itertools.chain(*record.tasks_merged.values())),
         ]  # fmt: skip
         assert all(math.isfinite(score) for row in rows for score in row.test.values())
         assert all(math.isfinite(row.validation) for row in rows)
         for chosen, tried in zip(record.searched, record.first, strict=True):
             assert chosen.validation >= tried.validation, "the first setting is the first trial"
+        for count, choices in record.tasks_merged.items():
+            assert {len(row.test) for choice in choices for row in choice} == {count}
+            assert len(choices) == (1 if count == len(record.tasks) else 2)
         if record.metric == "loss":  # so few steps already help
             own = sum(record.individual.values())
             assert own > sum(record.base.test.values())
@@ -252,6 +292,7 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
     worse = {task: score - 1.0 for task, score in records[0].searched[0].test.items()}
     row = records[0].searched[0].model_copy(update={"test": worse})
     other = records[0].model_copy(update={"searched": [row, *records[0].searched[1:]]})
-    (complaint,) = tables.outside([other, *records[1:]], records)
-    assert row.method in complaint
+    for own in ([other, *records[1:]], [other]):  # all seeds, or this one alone
+        (complaint,) = tables.outside(own, records)
+        assert row.method in complaint
     assert "\n".join(tables.summary(records)) in (ROOT / "README.md").read_text()

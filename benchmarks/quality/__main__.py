@@ -29,11 +29,17 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
     show_default=True,
     help="Where records, tables and figures go.",
 )
+@click.option(
+    "--seed", "some", type=int, multiple=True, help="This seed of the tier only; may be repeated."
+)
 @click.option("--jobs", default=2, show_default=True, help="Processes, of one thread each.")
-def main(tier: str, out: pathlib.Path, jobs: int) -> None:
+def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None:
     """Run the quality benchmark; the full tier takes some 40 minutes on two cores."""
-    out.mkdir(parents=True, exist_ok=True)
     seeds = experiments.TIERS[tier].seeds
+    if not set(some) <= set(seeds):
+        raise click.BadParameter(f"the seeds of tier {tier} are {seeds}", param_hint="--seed")
+    seeds = some or seeds
+    out.mkdir(parents=True, exist_ok=True)
     files = {
         (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
     }

@@ -18,20 +18,24 @@ Part = Literal["intra", "inter", "drop", "rescale"]
 CLIP = 1e-4
 
 
-def fisher(suite: Suite) -> StateDict:
+def fisher(suite: Suite, coefficients: Sequence[float] | None = None) -> StateDict:
     """The experts' mean, each value weighed by the diagonal of its expert's Fisher information.
 
-    As in the released code each diagonal has norm one, and 1e-6 is the least weight.
+    As in the released code each diagonal has norm one, and 1e-6 is the least of its values.
+    ``coefficients`` multiply them, one per expert; all are 1 unless given.
     """
+    factors = torch.tensor(coefficients or [1.0] * len(suite.experts))
     importances = [_fisher(suite, number) for number in range(len(suite.experts))]
     merged = {}
     for name in suite.base:
         weights = torch.stack([importance[name] for importance in importances]) + 1e-6
+        weights *= factors.view(-1, *[1] * suite.base[name].ndim)
         values = torch.stack([expert[name] for expert in suite.experts])
         merged[name] = (weights * values).sum(0) / weights.sum(0)
     return merged
 
 
+@lru_cache(maxsize=8)
 def _fisher(suite: Suite, number: int) -> StateDict:
     """Squared gradients of the log-likelihood of labels that the expert itself draws."""
     model = suite.model

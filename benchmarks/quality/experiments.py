@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import pathlib
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,6 +24,7 @@ import mergekit_pcb
 from benchmarks.measuring import machine
 from benchmarks.quality import baselines, glyphs, language
 from benchmarks.quality.methods import (
+    FISHER,
     LINEAR,
     METHODS,
     PCB,
@@ -30,6 +33,8 @@ from benchmarks.quality.methods import (
     TIES,
     Knobs,
     Method,
+    Trial,
+    best_of,
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
 from mergekit_pcb import adamerge, combine, contributions, search
@@ -73,7 +78,7 @@ TIERS = {
         lambdas=(0.2, 0.35, 0.5, 0.7, 1.0, 1.5),
         clips=(0.0, 1e-4, 1e-3, 1e-2, 0.1),
         epochs=5,
-        seeds=(10, 11, 12),
+        seeds=(10, 11, 12, 13),
     ),
     "small": Tier(
         replace(language.SCHEDULE, base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)),
@@ -130,13 +135,14 @@ class Record(_Strict):
     individual: dict[str, float]
     first: list[Row]
     searched: list[Row]
-    #: Of every method: the scores on validation data and knobs of its trials, the best first.
-    trials: dict[str, list[tuple[float, Knobs]]]
+    #: Of every method: the scores on validation data and knobs of its trials, as they were tried.
+    trials: dict[str, list[Trial]]
     weighted: list[Row]
     adapted: list[Row]
     ablation: list[Row]
     clip: list[Row]
-    tasks_merged: dict[int, list[Row]]
+    #: By their number, some of the tasks alone: one list of methods for each choice of tasks.
+    tasks_merged: dict[int, list[list[Row]]]
     sweeps: list[Sweep]
 
 
@@ -161,17 +167,17 @@ class _Chosen:
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
         self.rows: list[tuple[str, Knobs, float, StateDict]] = []
-        self.trials: dict[str, list[tuple[float, Knobs]]] = {}
 
     def add(self, method: str, knobs: Knobs, state: StateDict, score: float | None = None) -> None:
         score = self.suite.validation(state) if score is None else score
         self.rows.append((method, knobs, score, state))
 
-    def add_searched(self, method: Method, budget: int) -> None:
-        trials = method.searched(self.suite, budget, self.suite.seed)
-        score, knobs = trials[0]
+    def add_tried(self, method: Method, trial: Trial) -> None:
+        score, knobs = trial
         self.add(method.name, knobs, method.merge(self.suite, knobs), score)
-        self.trials[method.name] = trials
+
+    def add_searched(self, method: Method, budget: int) -> None:
+        self.add_tried(method, best_of(method.searched(self.suite, budget, self.suite.seed)))
 
     def tested(self) -> list[Row]:
         return [
@@ -204,10 +210,11 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     suite = BUILD[name](seed, getattr(tier, name))
     told("trained")
     first, searched = _Chosen(suite), _Chosen(suite)
+    trials: dict[str, list[Trial]] = {}
     for method in METHODS:
-        (knobs,) = method.trials(1, seed)
-        first.add(method.name, knobs, method.merge(suite, knobs))
-        searched.add_searched(method, tier.budget)
+        trials[method.name] = method.searched(suite, tier.budget, seed)
+        first.add_tried(method, trials[method.name][0])
+        searched.add_tried(method, best_of(trials[method.name]))
     told("merged by every method")
     best = {row[0]: row[1] for row in searched.rows}
     weighted = _weighted(suite, best, tier.weight_budget, seed)
@@ -218,11 +225,7 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     clip = _clip(suite, best, tier.clips)
     sweeps = [_sweep(suite, scope, tier) for scope in SCOPES]
     told("swept")
-    counts = {}
-    for count in range(2, len(suite.tasks) + 1):
-        counts[count] = _Chosen(suite.among(count))
-        for method in (LINEAR, TASK_ARITHMETIC, TIES, PCB, PCB_MODEL):
-            counts[count].add_searched(method, max(2, tier.budget // 2))
+    some = _some_tasks(suite, max(2, tier.budget // 2), trials)
     told("merged in part")
     # From here on test data are read, and nothing is chosen any more.
     base = _Chosen(suite)
@@ -239,38 +242,40 @@ def run(name: str, seed: int, tier_name: str) -> Record:
         tasks=suite.tasks,
         base=base.tested()[0],
         individual={
-            task: suite.scores(expert, "test")[task]
+            task: suite.score(expert, "test", task)
             for task, expert in zip(suite.tasks, suite.experts, strict=True)
         },
         first=first.tested(),
         searched=searched.tested(),
-        trials=searched.trials,
+        trials=trials,
         weighted=weighted.tested(),
         adapted=adapted.tested() if adapted else [],
         ablation=ablation.tested(),
         clip=clip.tested(),
-        tasks_merged={count: chosen.tested() for count, chosen in counts.items()},
+        tasks_merged={
+            count: [chosen.tested() for chosen in choices] for count, choices in some.items()
+        },
         sweeps=sweeps,
         seconds=round(time.monotonic() - began),
     )
 
 
 def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> _Chosen:
-    """Per-task weights by CMA-ES, around the best setting, for PCB and for task arithmetic."""
+    """Per-task weights by CMA-ES, around the best setting, for methods that have such weights."""
     chosen = _Chosen(suite)
-    for method in (TASK_ARITHMETIC, PCB, PCB_MODEL):
+    for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER):
         knobs = best[method.name]
-        parts = _parts(suite, method, knobs)
+        merged = _by_weights(suite, method, knobs)
+        space = search.Space((1.0,) * len(suite.experts), bounds=WEIGHTS)
 
-        def merged(
-            weights: Sequence[float], parts: list[StateDict] = parts, knobs: Knobs = knobs
-        ) -> StateDict:
-            return combine(suite.base, parts, weights, knobs["lambda"])
+        def score(
+            weights: Sequence[float],
+            _: float | None,
+            merged: Callable[[Sequence[float]], StateDict] = merged,
+        ) -> float:
+            return suite.validation(merged(weights))
 
-        space = search.Space((1.0,) * len(parts), bounds=WEIGHTS)
-        trials = list(
-            search.search(lambda w, _: suite.validation(merged(w)), space, budget, seed=seed)
-        )
+        trials = list(search.search(score, space, budget, seed=seed))
         trial = search.Found(trials, minimize=False).best
         assert trial is not None  # noqa: S101 - a mean of finite losses is one
         found = {f"weight {task}": w for task, w in zip(suite.tasks, trial.weights, strict=True)}
@@ -280,15 +285,21 @@ def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> _
     return chosen
 
 
-def _parts(suite: Suite, method: Method, knobs: Knobs) -> list[StateDict]:
-    """What the weights multiply: PCB's contributions, or plain task vectors."""
+def _by_weights(
+    suite: Suite, method: Method, knobs: Knobs
+) -> Callable[[Sequence[float]], StateDict]:
+    """A method's merge as a function of its weights: of importances, contributions, or vectors."""
+    if method is FISHER:
+        return partial(baselines.fisher, suite)
     if method is TASK_ARITHMETIC:
-        return [
+        parts = [
             {name: expert[name] - base for name, base in suite.base.items()}
             for expert in suite.experts
         ]
-    scope = "model" if method is PCB_MODEL else "tensor"
-    return contributions(suite.base, suite.experts, density=knobs["density"], scope=scope)
+    else:
+        scope = "model" if method is PCB_MODEL else "tensor"
+        parts = contributions(suite.base, suite.experts, density=knobs["density"], scope=scope)
+    return partial(combine, suite.base, parts, scale=knobs["lambda"])
 
 
 def _adapted(suite: Suite, best: Knobs, epochs: int) -> _Chosen:
@@ -336,6 +347,28 @@ def _ablation(suite: Suite, budget: int) -> _Chosen:
 
             knobs = tuple(k for k in PCB.knobs if part != "drop" or k.name != "density")
             chosen.add_searched(Method(f"scope: {scope}, without {part}", knobs, merge), budget)
+    return chosen
+
+
+def _some_tasks(
+    suite: Suite, budget: int, trials: dict[str, list[Trial]]
+) -> dict[int, list[_Chosen]]:
+    """Some of the tasks, from two on: the first and the last ones of an order that the seed draws.
+
+    Of all tasks the trials are there already; as many of them count as the others get.
+    """
+    methods = (LINEAR, TASK_ARITHMETIC, TIES, PCB, PCB_MODEL)
+    order = list(suite.tasks)
+    random.Random(suite.seed).shuffle(order)  # noqa: S311 - not for secrets
+    chosen: dict[int, list[_Chosen]] = {}
+    for count in range(2, len(order)):
+        chosen[count] = [_Chosen(suite.among(some)) for some in (order[:count], order[-count:])]
+        for one in chosen[count]:
+            for method in methods:
+                one.add_searched(method, budget)
+    chosen[len(order)] = [_Chosen(suite)]
+    for method in methods:
+        chosen[len(order)][0].add_tried(method, best_of(trials[method.name][:budget]))
     return chosen
 
 

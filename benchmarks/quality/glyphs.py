@@ -78,11 +78,11 @@ ALPHABETS: dict[str, tuple[range, Manner, Colours]] = {
 TASKS = ("digits", *ALPHABETS)
 MANNERS = [_upside_down, *(manner for _, manner, _ in ALPHABETS.values())]
 #: How much of what the base learns from is written in one of these manners.
-MIXED_IN = 0.2
+MIXED_IN = 0.05
 TEMPERATURE = 16.0
 DIGITS = {"train": 800, "validation": 400, "test": 597}
 SCHEDULE = Schedule(
-    base_steps=1200,
+    base_steps=3000,
     base_rate=3e-3,
     expert_steps=200,
     expert_rate=3e-4,

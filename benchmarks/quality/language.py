@@ -1,10 +1,12 @@
 """Suite 1, domains of language: a small Llama, and experts on Python, C++, prose and JSON.
 
-The text is what every installation of mergekit and torch brings: modules of the standard library,
-torch's headers, the packages' own descriptions, and JSON documents made from the structure of
-modules that are not among the Python text. A file is in one part only, and files that share
-more than a tenth of their lines with training text are not evaluated. CMake files and torch's
-YAML, which nobody was trained on, show what a merge costs elsewhere.
+The text is what every installation of mergekit brings. The base learns mostly from the sources of
+transformers, as large models do from text that no expert is for, and a little from each domain:
+modules of the standard library, torch's headers, the documentation in torch's modules, and JSON
+documents made from the structure of modules that are not among the Python text. A file is in one
+part only, and files that share more than a tenth of their lines with training text are not
+evaluated. CMake files and torch's YAML, which nobody was trained on, show what a merge costs
+elsewhere.
 """
 
 from __future__ import annotations
@@ -32,23 +34,24 @@ from benchmarks.quality.suite import (
 )
 from mergekit_pcb import demo
 
-#: What the base learns from: mostly prose, so that the experts have something to learn.
-MIXTURE = {"python": 0.15, "c++": 0.15, "prose": 0.55, "json": 0.15}
 TASKS = ("python", "c++", "prose", "json")
+#: What the base learns from.
+MIXTURE = {"general": 0.88, **dict.fromkeys(TASKS, 0.03)}
 ELSEWHERE = {"cmake": "share/cmake/**/*.cmake", "yaml": "../torchgen/packaged/**/*.yaml"}
 CHARACTERS = 3 << 20
+GENERAL_CHARACTERS = 6 << 20
 CHARACTERS_PER_FILE = 20_000
 #: Shorter lines are alike in all files; of others, so much may be known from training.
 TELLING_LINE = 20
 KNOWN_SHARE = 0.1
 SEQUENCES_IN_A_BATCH = 24
 SCHEDULE = Schedule(
-    base_steps=700,
+    base_steps=1100,
     base_rate=3e-3,
-    expert_steps=200,
+    expert_steps=100,
     expert_rate=3e-4,
     batch=16,
-    looked_at=Sizes(train=64, validation=16, test=48),
+    looked_at=Sizes(train=64, validation=32, test=80),
 )
 
 
@@ -66,18 +69,20 @@ class Predictor(torch.nn.Module):
 
 def build(seed: int, schedule: Schedule) -> Suite:
     """Train the base and its experts; ``seed`` decides on first weights and batches."""
-    files = {task: parts_of(texts(task)) for task in TASKS}
+    general = texts("general", GENERAL_CHARACTERS)
+    files = {task: parts_of(texts(task), general) for task in TASKS}
     tokenizer = demo.new_tokenizer([text for parts in files.values() for text in parts["train"]])
     tokens = {
         split: {task: demo.sequences(tokenizer, files[task][split]) for task in TASKS}
         for split in SPLITS
     }
+    trained_on = {**tokens["train"], "general": demo.sequences(tokenizer, general)}
     torch.manual_seed(seed)
     model = Predictor()
 
     def taught(mixture: dict[str, float], steps: int, rate: float) -> StateDict:
         shares = torch.tensor(list(mixture.values()))
-        sources = [tokens["train"][task] for task in mixture]
+        sources = [trained_on[kind] for kind in mixture]
 
         def batch() -> Batch:
             kinds = shares.multinomial(schedule.batch, replacement=True)
@@ -108,23 +113,46 @@ def build(seed: int, schedule: Schedule) -> Suite:
     return Suite("language", "loss", seed, TASKS, model, base, experts, data, elsewhere)
 
 
-def texts(task: str) -> list[str]:
-    """The files of a domain, in an order of its own."""
-    if task != "json":
-        return demo.texts(task, CHARACTERS_PER_FILE, CHARACTERS)
-    library = pathlib.Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
+def texts(kind: str, characters: int = CHARACTERS) -> list[str]:
+    """The files of a domain, in an order of its own, up to about so many characters."""
+    import transformers
+
+    if kind in ("python", "c++"):
+        return demo.texts(kind, CHARACTERS_PER_FILE, characters)
+    folder, pattern, written = {
+        "general": (pathlib.Path(transformers.__file__).parent, "**/*.py", _source),
+        "prose": (pathlib.Path(torch.__file__).parent, "**/*.py", _documentation),
+        "json": (pathlib.Path(sysconfig.get_path("stdlib")), "*/**/*.py", _structure),
+    }[kind]
+    left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
     modules = [
         file
-        for file in sorted(library.glob("*/**/*.py"))
-        if not left_out & set(file.relative_to(library).parts)
+        for file in sorted(folder.glob(pattern))
+        if not left_out & set(file.relative_to(folder).parts)
     ]
-    random.Random(task).shuffle(modules)  # noqa: S311 - not for secrets
-    return [json.dumps(_structure(file), indent=1)[:CHARACTERS_PER_FILE] for file in modules]
+    random.Random(kind).shuffle(modules)  # noqa: S311 - not for secrets
+    found: list[str] = []
+    for file in modules:
+        found.append(written(file)[:CHARACTERS_PER_FILE])
+        if sum(map(len, found)) >= characters:
+            break
+    return found
 
 
-def _structure(file: pathlib.Path) -> dict[str, Any]:
-    """What a module defines."""
+def _source(module: pathlib.Path) -> str:
+    return module.read_text(encoding="utf-8")
+
+
+def _documentation(module: pathlib.Path) -> str:
+    """The documentation in a module."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = ast.walk(ast.parse(module.read_bytes()))
+    found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+    return "\n\n".join(text for text in found if text)
+
+
+def _structure(module: pathlib.Path) -> str:
+    """What a module defines, as JSON."""
 
     def defined(body: Sequence[ast.stmt]) -> list[dict[str, Any]]:
         found = []
@@ -140,12 +168,17 @@ def _structure(file: pathlib.Path) -> dict[str, Any]:
                 found.append({"function": node.name, "line": node.lineno, "arguments": arguments})
         return found
 
-    tree = ast.parse(file.read_bytes())
-    return {"module": f"{file.parent.name}.{file.stem}", "defines": defined(tree.body)}
+    defines = defined(ast.parse(module.read_bytes()).body)
+    return json.dumps(
+        {"module": f"{module.parent.name}.{module.stem}", "defines": defines}, indent=1
+    )
 
 
-def parts_of(files: Sequence[str]) -> dict[Split, list[str]]:
-    """Seven, one and two tenths of the text; of equal files the first, of similar ones none."""
+def parts_of(files: Sequence[str], also: Sequence[str] = ()) -> dict[Split, list[str]]:
+    """Seven, one and two tenths of the text; of equal files the first, of similar ones none.
+
+    ``also`` is other text that is trained on.
+    """
     files = list(dict.fromkeys(files))
     reached, total = 0, sum(map(len, files))
     parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
@@ -154,7 +187,7 @@ def parts_of(files: Sequence[str]) -> dict[Split, list[str]]:
         split: Split = "train" if share < 0.7 else "validation" if share < 0.8 else "test"
         parts[split].append(file)
         reached += len(file)
-    known = {line for file in parts["train"] for line in telling_lines(file)}
+    known = {line for file in (*parts["train"], *also) for line in telling_lines(file)}
     for split in ("validation", "test"):
         parts[split] = [file for file in parts[split] if known_share(file, known) <= KNOWN_SHARE]
     return parts

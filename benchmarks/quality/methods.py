@@ -26,6 +26,8 @@ from benchmarks.quality import baselines
 from benchmarks.quality.suite import StateDict, Suite
 
 Knobs = dict[str, float]
+#: A setting that was tried, behind its mean score on validation data.
+Trial = tuple[float, Knobs]
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,28 @@ class Knob:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """What is on (1) or off (0); off first."""
+
+    name: str
+    first: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def at(self, place: float) -> float:
+        return float(place >= 0.5)
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to merge a suite's experts into one state dict."""
 
     name: str
-    knobs: tuple[Knob, ...]
+    knobs: tuple[Knob | Switch, ...]
     merge: Callable[[Suite, Knobs], StateDict]
 
     def trials(self, budget: int, seed: int) -> list[Knobs]:
-        """The settings to try; a method without knobs has one."""
+        """The settings to try, the first one first; a method without knobs has one."""
         tried = [{knob.name: knob.first for knob in self.knobs}]
         if self.knobs and budget > 1:
             engine = torch.quasirandom.SobolEngine(len(self.knobs), scramble=True, seed=seed)
@@ -58,15 +73,19 @@ class Method:
                 {knob.name: knob.at(x) for knob, x in zip(self.knobs, row, strict=True)}
                 for row in engine.draw(budget - 1).tolist()
             ]
-        return tried
+        return [knobs for number, knobs in enumerate(tried) if knobs not in tried[:number]]
 
-    def searched(self, suite: Suite, budget: int, seed: int) -> list[tuple[float, Knobs]]:
-        """All trials with their scores on validation data, the best first."""
-        found = [
+    def searched(self, suite: Suite, budget: int, seed: int) -> list[Trial]:
+        """Every trial, in the order of ``trials``."""
+        return [
             (suite.validation(self.merge(suite, knobs)), knobs)
             for knobs in self.trials(budget, seed)
         ]
-        return sorted(found, key=lambda trial: -trial[0] if math.isfinite(trial[0]) else math.inf)
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The trial with the highest score, of equal ones the first."""
+    return max(trials, key=lambda trial: trial[0] if math.isfinite(trial[0]) else -math.inf)
 
 
 def by_mergekit(
@@ -114,9 +133,14 @@ LINEAR = Method(
 )
 TASK_ARITHMETIC = _task_vectors("task_arithmetic", _lambda(0.4))
 TIES = _task_vectors("ties", _density(0.2), _lambda(1.0))
+FISHER = Method("Fisher", (), lambda suite, _: baselines.fisher(suite))
 METHODS: Sequence[Method] = (
     LINEAR,
-    Method("model_stock", (), lambda suite, _: by_mergekit(suite, "model_stock", {})),
+    Method(
+        "model_stock",
+        (Switch("filter_wise"),),
+        lambda suite, k: by_mergekit(suite, "model_stock", {"filter_wise": bool(k["filter_wise"])}),
+    ),
     TASK_ARITHMETIC,
     TIES,
     _task_vectors("dare_linear", _density(0.8), _lambda(0.4)),
@@ -132,7 +156,7 @@ METHODS: Sequence[Method] = (
         (Knob("select_topk", 0.1, 0.02),),
         lambda suite, k: by_mergekit(suite, "sce", dict(k)),
     ),
-    Method("Fisher", (), lambda suite, _: baselines.fisher(suite)),
+    FISHER,
     Method(
         "RegMean",
         (Knob("off_diagonal", 0.9, 0.1),),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,7 +62,10 @@ class Suite:
 
     def scores(self, state: StateDict, split: Split) -> dict[str, float]:
         """The score of a model on every task."""
-        return {task: self._score(state, self.data[split][task]) for task in self.tasks}
+        return {task: self.score(state, split, task) for task in self.tasks}
+
+    def score(self, state: StateDict, split: Split, task: str) -> float:
+        return self._score(state, self.data[split][task])
 
     def scores_elsewhere(self, state: StateDict) -> dict[str, float]:
         return {task: self._score(state, batches) for task, batches in self.elsewhere.items()}
@@ -72,19 +75,10 @@ class Suite:
         scores = self.scores(state, "validation")
         return sum(scores.values()) / len(scores)
 
-    def among(self, count: int) -> Suite:
-        """The suite of the first ``count`` tasks and experts."""
-        tasks = self.tasks[:count]
-        return Suite(
-            self.name,
-            self.metric,
-            self.seed,
-            tasks,
-            self.model,
-            self.base,
-            self.experts[:count],
-            {split: {task: part[task] for task in tasks} for split, part in self.data.items()},
-        )
+    def among(self, tasks: Sequence[str]) -> Suite:
+        """The suite of some tasks and their experts, without data from elsewhere."""
+        experts = [self.experts[self.tasks.index(task)] for task in tasks]
+        return replace(self, tasks=tuple(tasks), experts=experts, elsewhere={})
 
     def digest(self) -> str:
         """Of all that is evaluated: the same on two machines if their data are."""

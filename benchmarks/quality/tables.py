@@ -32,17 +32,21 @@ def write(records: Sequence[Record], folder: pathlib.Path) -> str:
 def outside(records: Sequence[Record], stored: Sequence[Record]) -> list[str]:
     """Which averages of searched methods are farther from the stored ones than seeds scatter.
 
-    Seed by seed, against the standard deviation between the stored seeds.
+    Seed by seed, for the seeds at hand, against the standard deviation between the stored ones.
     """
     found = []
-    for (suite, own), (_, other) in zip(_suites(records), _suites(stored), strict=True):
-        if {record.data for record in own} != {record.data for record in other}:
+    theirs = dict(_suites(stored))
+    for suite, own in _suites(records):
+        by_seed = {record.seed: record for record in theirs[suite]}
+        same = [by_seed[record.seed] for record in own]
+        if [record.data for record in own] != [record.data for record in same]:
             found.append(f"{suite}: evaluated on other data than the stored tables")
-        theirs = dict(_by_method(other, _searched))
-        for method, mine in _by_method(own, _searched):
-            spread = _deviation([_average(row) for row in theirs[method]])
+        everyone = dict(_by_method(theirs[suite], _searched))
+        pairs = zip(_by_method(own, _searched), _by_method(same, _searched), strict=True)
+        for (method, mine), (_, others) in pairs:
+            spread = _deviation([_average(row) for row in everyone[method]])
             distance = statistics.mean(
-                _average(a) - _average(b) for a, b in zip(mine, theirs[method], strict=True)
+                _average(a) - _average(b) for a, b in zip(mine, others, strict=True)
             )
             if abs(distance) > spread:
                 found.append(f"{suite}, {method}: {distance:+.4f} away, spread {spread:.4f}")
@@ -123,7 +127,9 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         if first.adapted:
             yield "\n### AdaMerging: coefficients without labels\n"
             yield from _table(own, lambda record: record.adapted, reference="fixed, best start")
-        yield "\n### The first tasks only, in the order of the columns above, half as many trials\n"
+        yield "\n### Some of the tasks, half as many trials\n"
+        yield "The first and the last ones of an order that each seed draws. What was chosen is the"
+        yield "median over seeds and choices of tasks, with the least and the greatest.\n"
         yield from _counts(own)
         yield ""
         yield from _choices_by_count(own)
@@ -220,27 +226,43 @@ def _counts(records: Sequence[Record]) -> Iterable[str]:
     counts = list(records[0].tasks_merged)
     yield _line(["normalised", *(f"{count} tasks" for count in counts)])
     yield _line(["---", *["---:"] * len(counts)])
-    names = [row.method for row in records[0].tasks_merged[counts[0]]]
-    for number, name in enumerate(names):
-        cells = [
-            _percent(
-                [_normalised(record, record.tasks_merged[count][number]) for record in records]
-            )
-            for count in counts
-        ]
-        yield _line([name, *cells])
+    for number, name in _names_of_some(records):
+        yield _line([name, *(_percent(_of_some(records, count, number)) for count in counts)])
+
+
+def _names_of_some(records: Sequence[Record]) -> list[tuple[int, str]]:
+    (choice, *_), *_ = records[0].tasks_merged.values()
+    return [(number, row.method) for number, row in enumerate(choice)]
+
+
+def _of_some(records: Sequence[Record], count: int, number: int) -> list[float]:
+    """Normalised scores with so many tasks: of every seed the mean over its choices of tasks."""
+    return [
+        statistics.mean(
+            _normalised(record, choice[number]) for choice in record.tasks_merged[count]
+        )
+        for record in records
+    ]
 
 
 def _choices_by_count(records: Sequence[Record]) -> Iterable[str]:
     counts = list(records[0].tasks_merged)
-    yield _line(["density and lambda chosen", *(f"{count} tasks" for count in counts)])
+    yield _line(["chosen", *(f"{count} tasks" for count in counts)])
     yield _line(["---"] * (len(counts) + 1))
-    for record in records:
-        for number, row in enumerate(record.tasks_merged[counts[0]]):
-            if row.method in (PCB.name, PCB_MODEL.name):
-                chosen = [record.tasks_merged[count][number].knobs for count in counts]
-                cells = [f"{knobs['density']:g}, {knobs['lambda']:g}" for knobs in chosen]
-                yield _line([f"{row.method}, seed {record.seed}", *cells])
+    for number, name in _names_of_some(records):
+        if name not in (PCB.name, PCB_MODEL.name):
+            continue
+        for knob in ("density", "lambda"):
+            cells = []
+            for count in counts:
+                values = [
+                    choice[number].knobs[knob]
+                    for record in records
+                    for choice in record.tasks_merged[count]
+                ]
+                middle = statistics.median(values)
+                cells.append(f"{middle:.2g} ({min(values):.2g}–{max(values):.2g})")
+            yield _line([f"{name}, {knob}", *cells])
 
 
 def _elsewhere(records: Sequence[Record]) -> Iterable[str]:
@@ -360,23 +382,20 @@ def _draw_counts(records: Sequence[Record], file: pathlib.Path) -> None:
     suites = list(_suites(records))
     figure = Figure(figsize=(4.6 * len(suites), 3.6), layout="constrained")
     axes = figure.subplots(1, len(suites), squeeze=False)[0]
-    for axis, (name, own) in zip(axes, suites, strict=True):
+    for axis, (suite, own) in zip(axes, suites, strict=True):
         counts = list(own[0].tasks_merged)
-        for number, row in enumerate(own[0].tasks_merged[counts[0]]):
-            values = [
-                [_normalised(record, record.tasks_merged[count][number]) for record in own]
-                for count in counts
-            ]
+        for number, name in _names_of_some(own):
+            values = [_of_some(own, count, number) for count in counts]
             axis.errorbar(
                 counts,
                 [100 * statistics.mean(value) for value in values],
                 [100 * _deviation(value) for value in values],
-                label=row.method,
+                label=name,
                 marker="o",
                 markersize=3,
                 capsize=2,
             )
         axis.set_xticks(counts)
-        axis.set(xlabel="tasks merged", ylabel="normalised score, %", title=name)
+        axis.set(xlabel="tasks merged", ylabel="normalised score, %", title=suite)
     axes[0].legend(fontsize=7)
     figure.savefig(file, dpi=110)
