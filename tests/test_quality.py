@@ -199,12 +199,28 @@ def test_some_tasks_are_merged_from_their_own_experts(suite):
     assert set(some.scores(suite.base, "test")) == {"b"}
 
 
+def test_trials_of_all_tasks_are_those_of_a_shorter_search(suite):
+    """And a chosen model is the one that has the score it was chosen for."""
+    some = (methods.LINEAR, methods.TASK_ARITHMETIC, methods.TIES, methods.PCB, methods.PCB_MODEL)
+    trials = {method.name: method.searched(suite, 6, suite.seed) for method in some}
+    (chosen,) = experiments._some_tasks(suite, 3, trials)[2]
+    assert len(chosen.rows) == 5
+    anew = experiments._Chosen(suite)
+    for name, _, score, state in chosen.rows:
+        (method,) = (method for method in some if method.name == name)
+        anew.add_searched(method, 3)
+        assert anew.rows[-1][:3] == chosen.rows[len(anew.rows) - 1][:3]
+        assert suite.validation(state) == score
+
+
 def test_no_text_is_in_two_parts():
     general = language.texts("general", language.GENERAL_CHARACTERS)
     for task in language.TASKS:
         parts = language.parts_of(language.texts(task), general)
-        assert len(parts["validation"]) >= 4
-        assert len(parts["test"]) >= 8
+        for split in ("validation", "test"):
+            sizes = [len(file) for file in parts[split]]
+            assert sum(sizes) > 50_000
+            assert max(sizes) < 0.2 * sum(sizes), "one file must not be the domain"
         trained_on = parts["train"] + general
         known = {line for file in trained_on for line in language.telling_lines(file)}
         for one, other in itertools.combinations(SPLITS, 2):
@@ -259,7 +275,9 @@ def test_a_small_tier_of_everything(tmp_path):
         assert all(math.isfinite(score) for row in rows for score in row.test.values())
         assert all(math.isfinite(row.validation) for row in rows)
         for chosen, tried in zip(record.searched, record.first, strict=True):
-            assert chosen.validation >= tried.validation, "the first setting is the first trial"
+            trials = record.trials[chosen.method]
+            assert (tried.validation, tried.knobs) == trials[0]
+            assert (chosen.validation, chosen.knobs) == max(trials, key=lambda trial: trial[0])
         for count, choices in record.tasks_merged.items():
             assert {len(row.test) for choice in choices for row in choice} == {count}
             assert len(choices) == (1 if count == len(record.tasks) else 2)
@@ -295,4 +313,6 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
     for own in ([other, *records[1:]], [other]):  # all seeds, or this one alone
         (complaint,) = tables.outside(own, records)
         assert row.method in complaint
+    (complaint,) = tables.outside([records[0]], [records[-1]])
+    assert "there is no stored record" in complaint
     assert "\n".join(tables.summary(records)) in (ROOT / "README.md").read_text()

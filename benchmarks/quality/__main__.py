@@ -32,18 +32,25 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
 @click.option(
     "--seed", "some", type=int, multiple=True, help="This seed of the tier only; may be repeated."
 )
-@click.option("--jobs", default=2, show_default=True, help="Processes, of one thread each.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes, of one thread each.",
+)
 def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None:
     """Run the quality benchmark; the full tier takes some 40 minutes on two cores."""
     seeds = experiments.TIERS[tier].seeds
     if not set(some) <= set(seeds):
         raise click.BadParameter(f"the seeds of tier {tier} are {seeds}", param_hint="--seed")
-    seeds = some or seeds
     out.mkdir(parents=True, exist_ok=True)
     files = {
         (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
     }
-    missing = [key for key, file in files.items() if not _is_there(file, tier)]
+    there = {key for key, file in files.items() if _is_there(file, tier)}
+    wanted = {key for key in files if key[1] in (some or seeds)}
+    missing = [key for key in files if key in wanted - there]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         running = [pool.submit(experiments.record, *key, tier, files[key]) for key in missing]
@@ -53,7 +60,7 @@ def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    records = [_read(file) for file in files.values()]
+    records = [_read(file) for key, file in files.items() if key in wanted | there]
     click.echo(tables.write(records, out))
     stored = [_read(file) for file in sorted(STORED.glob("*.json"))]
     if stored and records[0].tier == stored[0].tier and out.resolve() != STORED:
@@ -71,7 +78,7 @@ def _is_there(file: pathlib.Path, tier: str) -> bool:
     if record is None or (record.tier, record.code) != (tier, experiments.code()):
         raise PCBError(
             f"go on in {file.parent}",
-            f"{file.name} is of another tier or version",
+            f"{file.name} is of another tier or version, or damaged",
             "name another folder",
         )
     return True

@@ -21,8 +21,8 @@ CLIP = 1e-4
 def fisher(suite: Suite, coefficients: Sequence[float] | None = None) -> StateDict:
     """The experts' mean, each value weighed by the diagonal of its expert's Fisher information.
 
-    As in the released code each diagonal has norm one, and 1e-6 is the least of its values.
-    ``coefficients`` multiply them, one per expert; all are 1 unless given.
+    Each diagonal is scaled to norm one; 1e-6 more leaves at their mean the values that no expert
+    depends on. ``coefficients`` multiply the weights, one per expert; all are 1 unless given.
     """
     factors = torch.tensor(coefficients or [1.0] * len(suite.experts))
     importances = [_fisher(suite, number) for number in range(len(suite.experts))]

@@ -151,7 +151,7 @@ BUILD = {"language": language.build, "glyphs": glyphs.build}
 
 
 def code() -> str:
-    """Of the package and of this benchmark's files that have a say in the numbers."""
+    """Of the package's files and this benchmark's, but for those that only show the numbers."""
     digest = hashlib.blake2b(digest_size=8)
     here = pathlib.Path(__file__).parent
     package = pathlib.Path(mergekit_pcb.__file__).parent
@@ -201,7 +201,7 @@ def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
 
 def run(name: str, seed: int, tier_name: str) -> Record:
     """Train one suite from one seed, and do all of it."""
-    began = time.monotonic()
+    began, code_at_start = time.monotonic(), code()
     tier = TIERS[tier_name]
 
     def told(what: str) -> None:
@@ -237,7 +237,7 @@ def run(name: str, seed: int, tier_name: str) -> Record:
         seed=seed,
         machine=machine(),
         versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
-        code=code(),
+        code=code_at_start,
         data=suite.digest(),
         tasks=suite.tasks,
         base=base.tested()[0],
@@ -261,7 +261,10 @@ def run(name: str, seed: int, tier_name: str) -> Record:
 
 
 def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> _Chosen:
-    """Per-task weights by CMA-ES, around the best setting, for methods that have such weights."""
+    """Per-task weights by CMA-ES, around the best setting: PCB's, task arithmetic's and Fisher's.
+
+    Fisher merging has no other published knobs than these.
+    """
     chosen = _Chosen(suite)
     for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER):
         knobs = best[method.name]

@@ -234,10 +234,10 @@ def _glyph(point: int) -> torch.Tensor:
         file = str(pathlib.Path(mpl.get_data_path()) / "fonts" / "ttf" / font)
         if not FT2Font(file).get_char_index(point):
             continue
+        # The other engine depends on a library of the system, and draws differently.
+        letters = ImageFont.truetype(file, 28, layout_engine=ImageFont.Layout.BASIC)
         image = Image.new("L", (32, 32))
-        ImageDraw.Draw(image).text(
-            (16, 16), chr(point), fill=255, font=ImageFont.truetype(file, 28), anchor="mm"
-        )
+        ImageDraw.Draw(image).text((16, 16), chr(point), fill=255, font=letters, anchor="mm")
         drawn.append(torch.tensor(np.asarray(image), dtype=torch.float32)[None])
     return torch.stack([drawn[number % len(drawn)] for number in range(len(FONTS))]) / 255
 

@@ -1,12 +1,11 @@
 """Suite 1, domains of language: a small Llama, and experts on Python, C++, prose and JSON.
 
-The text is what every installation of mergekit brings. The base learns mostly from the sources of
-transformers, as large models do from text that no expert is for, and a little from each domain:
-modules of the standard library, torch's headers, the documentation in torch's modules, and JSON
-documents made from the structure of modules that are not among the Python text. A file is in one
-part only, and files that share more than a tenth of their lines with training text are not
-evaluated. CMake files and torch's YAML, which nobody was trained on, show what a merge costs
-elsewhere.
+The text is what Python, torch and transformers bring. The base learns mostly from the sources of
+transformers, a corpus of its own although it is Python too, and a little from each domain: modules
+of the standard library, torch's headers, the documentation in torch's modules, and JSON documents
+made from the structure of modules that are not among the Python text. A file is in one part only,
+and files that share more than a tenth of their lines with training text are not evaluated. CMake
+files and torch's YAML, which nobody was trained on, show what a merge costs elsewhere.
 """
 
 from __future__ import annotations
@@ -110,7 +109,18 @@ def build(seed: int, schedule: Schedule) -> Suite:
         kind: _batches(_spread(demo.sequences(tokenizer, _found(pattern)), schedule.looked_at.test))
         for kind, pattern in ELSEWHERE.items()
     }
-    return Suite("language", "loss", seed, TASKS, model, base, experts, data, elsewhere)
+    return Suite(
+        "language",
+        "loss",
+        seed,
+        TASKS,
+        model,
+        base,
+        experts,
+        data,
+        elsewhere,
+        learned_from=list(trained_on.values()),
+    )
 
 
 def texts(kind: str, characters: int = CHARACTERS) -> list[str]:
@@ -124,7 +134,8 @@ def texts(kind: str, characters: int = CHARACTERS) -> list[str]:
         "prose": (pathlib.Path(torch.__file__).parent, "**/*.py", _documentation),
         "json": (pathlib.Path(sysconfig.get_path("stdlib")), "*/**/*.py", _structure),
     }[kind]
-    left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
+    # Tests, copies of other modules, and many that are much the same.
+    left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "encodings"}
     modules = [
         file
         for file in sorted(folder.glob(pattern))
@@ -152,26 +163,28 @@ def _documentation(module: pathlib.Path) -> str:
 
 
 def _structure(module: pathlib.Path) -> str:
-    """What a module defines, as JSON."""
+    """What a module defines, as JSON with a function in each line."""
+    lines: list[str] = []
 
-    def defined(body: Sequence[ast.stmt]) -> list[dict[str, Any]]:
-        found = []
+    def define(body: Sequence[ast.stmt], depth: int) -> None:
         for node in body:
+            found: dict[str, Any] = {}
             if isinstance(node, ast.ClassDef):
-                bases = [ast.unparse(base) for base in node.bases]
-                found.append({"class": node.name, "bases": bases, "members": defined(node.body)})
+                found = {"class": node.name, "bases": [ast.unparse(base) for base in node.bases]}
             elif isinstance(node, ast.FunctionDef):
                 arguments = {
                     one.arg: ast.unparse(one.annotation) if one.annotation else None
                     for one in node.args.args
                 }
-                found.append({"function": node.name, "line": node.lineno, "arguments": arguments})
-        return found
+                found = {"function": node.name, "arguments": arguments}
+            if found:
+                lines.append(" " * depth + json.dumps({**found, "line": node.lineno}))
+            if isinstance(node, ast.ClassDef):
+                define(node.body, depth + 1)
 
-    defines = defined(ast.parse(module.read_bytes()).body)
-    return json.dumps(
-        {"module": f"{module.parent.name}.{module.stem}", "defines": defines}, indent=1
-    )
+    define(ast.parse(module.read_bytes()).body, 1)
+    name = json.dumps(f"{module.parent.name}.{module.stem}")
+    return f'{{"module": {name}, "defines": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def parts_of(files: Sequence[str], also: Sequence[str] = ()) -> dict[Split, list[str]]:

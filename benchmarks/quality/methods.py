@@ -123,7 +123,11 @@ def _della(suite: Suite, knobs: Knobs) -> StateDict:
 
 
 def _pcb(name: str, scope: str, *knobs: Knob) -> Method:
-    return Method(name, knobs, lambda suite, k: by_mergekit(suite, "pcb", {"scope": scope, **k}))
+    return Method(
+        name,
+        knobs,
+        lambda suite, k: by_mergekit(suite, "pcb", {"scope": scope, "seed": suite.seed, **k}),
+    )
 
 
 PCB = _pcb("pcb", "tensor", _density(0.1), _lambda(1.0))

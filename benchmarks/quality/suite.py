@@ -47,7 +47,8 @@ class Suite:
 
     ``model`` returns logits ``[rows, classes]`` and lends its modules to any state dict.
     Scores are accuracies, or negative losses in nats per token: higher is better.
-    ``elsewhere`` are data of tasks that no model was trained on.
+    ``elsewhere`` are data of tasks that no model was trained on, ``learned_from`` what models
+    were trained on beside ``data``.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Suite:
     experts: Sequence[StateDict]
     data: dict[Split, dict[str, list[Batch]]]
     elsewhere: dict[str, list[Batch]] = field(default_factory=dict)
+    learned_from: Sequence[torch.Tensor] = ()
 
     def scores(self, state: StateDict, split: Split) -> dict[str, float]:
         """The score of a model on every task."""
@@ -81,13 +83,15 @@ class Suite:
         return replace(self, tasks=tuple(tasks), experts=experts, elsewhere={})
 
     def digest(self) -> str:
-        """Of all that is evaluated: the same on two machines if their data are."""
-        digest = hashlib.blake2b(digest_size=8)
+        """Of all data: the same on two machines if their data are."""
+        tensors = list(self.learned_from)
         for part in (*self.data.values(), self.elsewhere):
             for batches in part.values():
                 for inputs, labels in batches:
-                    for tensor in (*inputs, labels):
-                        digest.update(tensor.contiguous().numpy().tobytes())
+                    tensors += [*inputs, labels]
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in tensors:
+            digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()

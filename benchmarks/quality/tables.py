@@ -1,6 +1,7 @@
 """Tables and figures of the records, as Markdown and PNG.
 
-Every number is a mean over the seeds, with the standard deviation between them. Leads are taken
+Every number is a mean over the seeds, with the standard deviation between them if there are
+several. Leads are taken
 seed by seed before they are averaged, because seeds differ more than methods do.
 """
 
@@ -30,27 +31,36 @@ def write(records: Sequence[Record], folder: pathlib.Path) -> str:
 
 
 def outside(records: Sequence[Record], stored: Sequence[Record]) -> list[str]:
-    """Which averages of searched methods are farther from the stored ones than seeds scatter.
+    """Which averages are farther from the stored ones than training scatters.
 
-    Seed by seed, for the seeds at hand, against the standard deviation between the stored ones.
+    Compared are gains of searched methods over the base, averaged over the seeds at hand that are
+    stored, too; the scatter is the standard deviation of such gains between all stored seeds.
     """
     found = []
-    theirs = dict(_suites(stored))
+    everyone = dict(_suites(stored))
     for suite, own in _suites(records):
-        by_seed = {record.seed: record for record in theirs[suite]}
-        same = [by_seed[record.seed] for record in own]
-        if [record.data for record in own] != [record.data for record in same]:
-            found.append(f"{suite}: evaluated on other data than the stored tables")
-        everyone = dict(_by_method(theirs[suite], _searched))
-        pairs = zip(_by_method(own, _searched), _by_method(same, _searched), strict=True)
-        for (method, mine), (_, others) in pairs:
-            spread = _deviation([_average(row) for row in everyone[method]])
+        theirs = {record.seed: record for record in everyone.get(suite, ())}
+        mine = {record.seed: record for record in own if record.seed in theirs}
+        if not mine:
+            found.append(f"{suite}: there is no stored record of these seeds")
+            continue
+        if any(record.data != theirs[seed].data for seed, record in mine.items()):
+            found.append(f"{suite}: trained or evaluated on other data than the stored tables")
+        gains = {seed: _gains(record) for seed, record in theirs.items()}
+        for method in gains[next(iter(mine))]:
+            spread = _deviation([gain[method] for gain in gains.values()])
             distance = statistics.mean(
-                _average(a) - _average(b) for a, b in zip(mine, others, strict=True)
+                _gains(record)[method] - gains[seed][method] for seed, record in mine.items()
             )
             if abs(distance) > spread:
                 found.append(f"{suite}, {method}: {distance:+.4f} away, spread {spread:.4f}")
     return found
+
+
+def _gains(record: Record) -> dict[str, float]:
+    """Of every searched method over the base, on test data."""
+    base = _average(record.base)
+    return {row.method: _average(row) - base for row in _searched(record)}
 
 
 def summary(records: Sequence[Record]) -> Iterable[str]:
@@ -90,8 +100,9 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
     seeds = sorted({record.seed for record in records})
     minutes = sum(record.seconds for record in records) / 60
     yield f"Tier {records[0].tier}, seeds {seeds}, {minutes:.0f} minutes of one thread in all.  "
-    yield "± is the standard deviation between seeds. Leads are taken seed by seed, + is better;"
-    yield "a * stands where Student's t puts them beyond chance (p < 0.05, each by itself)."
+    yield "± is the standard deviation between seeds. Each trains anew, and draws new letters, but"
+    yield "the text and the digits are the same. Leads are taken seed by seed, + is better; a *"
+    yield "stands where Student's t puts them beyond this scatter (p < 0.05, each)."
     yield "\n## Share of what the experts reach\n"
     bases = [
         f"{name} {_percent([_normalised(record, record.base) for record in own])}"
@@ -105,8 +116,8 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         what = "accuracy in %" if first.metric == "accuracy" else "loss in nats per token"
         yield f"\n## {name}: {what} on test data\n"
         yield "### Every method after the same search on validation data\n"
-        yield "Methods without knobs have one trial. Weights are searched afterwards (CMA-ES), in"
-        yield f"{TIERS[first.tier].weight_budget} trials more, and applied by `combine`.\n"
+        yield "linear and Fisher have no knobs, and model_stock's one can be on or off. Weights are"
+        yield f"searched afterwards (CMA-ES), in {TIERS[first.tier].weight_budget} trials more.\n"
         yield from _table(own, _searched, with_tasks=True)
         yield "\n### The same, each task's share of its own expert\n"
         yield from _shares(own)
@@ -312,19 +323,23 @@ def _deviation(values: Sequence[float]) -> float:
 def _shown(metric: str, values: Sequence[float], *, spread: bool = True) -> str:
     scale, digits = (100, 1) if metric == "accuracy" else (-1, 3)
     mean = f"{scale * statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {abs(scale) * _deviation(values):.{digits}f}" if spread else mean
+    return mean + _scatter(values, abs(scale), digits) if spread else mean
+
+
+def _scatter(values: Sequence[float], scale: float, digits: int) -> str:
+    return f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
 
 
 def _lead(metric: str, values: Sequence[float]) -> str:
     scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
-    mean, deviation = scale * statistics.mean(values), scale * _deviation(values)
-    count = len(values)
-    beyond = count in STUDENT and abs(mean) > STUDENT[count] * deviation / count**0.5
-    return f"{mean:+.{digits}f} ± {deviation:.{digits}f}{' *' if beyond else ''}"
+    mean, count = statistics.mean(values), len(values)
+    beyond = count in STUDENT and abs(mean) > STUDENT[count] * _deviation(values) / count**0.5
+    shown = f"{scale * mean:+.{digits}f}{_scatter(values, scale, digits)}"
+    return f"{shown} *" if beyond else shown
 
 
 def _percent(values: Sequence[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ± {100 * _deviation(values):.1f} %"
+    return f"{100 * statistics.mean(values):.1f}{_scatter(values, 100, 1)} %"
 
 
 def _draw_sweeps(records: Sequence[Record], file: pathlib.Path) -> None:
