@@ -313,6 +313,12 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
     for own in ([other, *records[1:]], [other]):  # all seeds, or this one alone
         (complaint,) = tables.outside(own, records)
         assert row.method in complaint
+    lazy = []
+    for record in records:
+        rows = [row.model_copy(update={"test": record.base.test}) for row in record.searched]
+        lazy.append(record.model_copy(update={"searched": rows}))
+    found = tables.outside(lazy, records)
+    assert len(found) == 2 * len(methods.METHODS), "a merge that does nothing is far away"
     (complaint,) = tables.outside([records[0]], [records[-1]])
     assert "there is no stored record" in complaint
     assert "\n".join(tables.summary(records)) in (ROOT / "README.md").read_text()

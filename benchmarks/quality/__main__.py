@@ -40,7 +40,7 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
     help="Processes, of one thread each.",
 )
 def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None:
-    """Run the quality benchmark; the full tier takes some 40 minutes on two cores."""
+    """Run the quality benchmark; the full tier takes some 50 minutes on two cores."""
     seeds = experiments.TIERS[tier].seeds
     if not set(some) <= set(seeds):
         raise click.BadParameter(f"the seeds of tier {tier} are {seeds}", param_hint="--seed")

@@ -121,6 +121,8 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         yield from _table(own, _searched, with_tasks=True)
         yield "\n### The same, each task's share of its own expert\n"
         yield from _shares(own)
+        yield "\n### What the weights add, each to its own method\n"
+        yield from _added(own)
         yield "\n### At the first setting, without any search\n"
         yield from _table(own, lambda record: record.first)
         for scope, complete in (("tensor", PCB.name), ("model", PCB_MODEL.name)):
@@ -224,6 +226,17 @@ def _shares(records: Sequence[Record]) -> Iterable[str]:
             for task in tasks
         ]
         yield _line([name, *cells])
+
+
+def _added(records: Sequence[Record]) -> Iterable[str]:
+    """The lead of searched weights over the same method with all weights 1."""
+    yield _line(["model", "lead"])
+    yield _line(["---", "---:"])
+    fixed = dict(_by_method(records, lambda record: record.searched))
+    for name, found in _by_method(records, lambda record: record.weighted):
+        pairs = zip(found, fixed[name.removesuffix(" + weights")], strict=True)
+        leads = [_average(row) - _average(other) for row, other in pairs]
+        yield _line([name, _lead(records[0].metric, leads)])
 
 
 def _share(record: Record, task: str, row: Row) -> float:
