@@ -128,18 +128,14 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         for scope, complete in (("tensor", PCB.name), ("model", PCB_MODEL.name)):
             yield f"\n### Parts of PCB left out, scope: {scope}, each variant searched alike\n"
             yield from _table(own, partial(_ablated, scope, complete), reference=complete)
-        yield "\n### clip, at the best density and lambda\n"
-        yield from _table(
-            own,
-            lambda record: [
-                row.model_copy(update={"method": f"{row.method}, clip: {row.knobs['clip']:g}"})
-                for row in record.clip
-            ],
-            reference=None,
-        )
-        if first.adapted:
-            yield "\n### AdaMerging: coefficients without labels\n"
-            yield from _table(own, lambda record: record.adapted, reference="fixed, best start")
+        yield "\n### Density and lambda: the best cells of the sweep, on validation data\n"
+        yield from _best_cells(own)
+        for method in (PCB, PCB_MODEL):
+            yield f"\n### clip, at the best density and lambda of {method.name}\n"
+            yield from _table(own, partial(_clipped, method.name), reference="clip: 0.0001")
+        for start in ("usual start", "best start") if first.adapted else ():
+            yield f"\n### AdaMerging: coefficients without labels, {start}\n"
+            yield from _table(own, partial(_adapted, start), reference=f"fixed, {start}")
         yield "\n### Some of the tasks, half as many trials\n"
         yield "The first and the last ones of an order that each seed draws. What was chosen is the"
         yield "median over seeds and choices of tasks, with the least and the greatest.\n"
@@ -211,6 +207,41 @@ def _table(
 def _ablated(scope: str, complete: str, record: Record) -> list[Row]:
     whole = [row for row in record.searched if row.method == complete]
     return whole + [row for row in record.ablation if row.method.startswith(f"scope: {scope}")]
+
+
+def _clipped(method: str, record: Record) -> list[Row]:
+    return [
+        row.model_copy(update={"method": f"clip: {row.knobs['clip']:g}"})
+        for row in record.clip
+        if row.method == method
+    ]
+
+
+def _adapted(start: str, record: Record) -> list[Row]:
+    return [row for row in record.adapted if row.method.endswith(start)]
+
+
+def _best_cells(records: Sequence[Record], most: int = 3) -> Iterable[str]:
+    """The highest cells of the sweeps, on average, and their leads over the default's cell."""
+    first = records[0]
+    default = tuple(knob.first for knob in PCB.knobs)
+    yield _line(["cell", "gain over the base", "against the default"])
+    yield _line(["---", "---:", "---:"])
+    for number, sweep in enumerate(first.sweeps):
+        gains = {
+            (density, scale): [
+                record.sweeps[number].scores[row][column] - record.base.validation
+                for record in records
+            ]
+            for row, density in enumerate(sweep.densities)
+            for column, scale in enumerate(sweep.lambdas)
+        }
+        ordered = sorted(gains, key=lambda cell: -statistics.mean(gains[cell]))
+        for cell in dict.fromkeys([*ordered[:most], default]):
+            leads = [a - b for a, b in zip(gains[cell], gains[default], strict=True)]
+            name = f"scope: {sweep.scope}, density {cell[0]:g}, lambda {cell[1]:g}"
+            lead = "" if cell == default else _lead(first.metric, leads)
+            yield _line([name, _lead(first.metric, gains[cell]), lead])
 
 
 def _shares(records: Sequence[Record]) -> Iterable[str]:
@@ -399,7 +430,9 @@ def _draw_sweeps(records: Sequence[Record], file: pathlib.Path) -> None:
                         fontsize=7,
                         color="white" if dark else "black",
                     )
-        figure.colorbar(picture, ax=line, label=f"gain over the base, {unit}", extend="min")
+        figure.colorbar(
+            picture, ax=line, label=f"gain over the base on validation data, {unit}", extend="min"
+        )
     figure.savefig(file, dpi=110)
 
 
