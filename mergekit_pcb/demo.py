@@ -147,22 +147,29 @@ def texts(domain: str, per_file: int = TEXT_PER_FILE, total: int = TEXT_PER_DOMA
     }
     ordered = sorted(sources[domain]())
     random.Random(domain).shuffle(ordered)  # noqa: S311 - not for secrets
-    found: list[str] = []
-    size = 0
-    for file in ordered:
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        if domain == "prose":
-            text = text.partition("\n\n")[2]  # the description after the fields
-        found.append(text[:per_file])
-        size += len(found[-1])
-        if size >= total:
-            break
+    written = (file.read_text(encoding="utf-8", errors="ignore") for file in ordered)
+    if domain == "prose":  # the description after the fields
+        written = (text.partition("\n\n")[2] for text in written)
+    found = up_to(total, written, per_file)
+    size = sum(map(len, found))
     if size < TEXT_PER_DOMAIN // 8:
         raise PCBError(
             f"find enough {domain} text for the demo",
             f"the installed packages hold only {size} characters of it",
             "install torch and mergekit from their wheels in this environment",
         )
+    return found
+
+
+def up_to(total: int, texts: Iterable[str], per_text: int) -> list[str]:
+    """The beginnings of texts, of ``per_text`` characters, until there are ``total``."""
+    found: list[str] = []
+    size = 0
+    for text in texts:
+        found.append(text[:per_text])
+        size += len(found[-1])
+        if size >= total:
+            break
     return found
 
 

@@ -142,12 +142,7 @@ def texts(kind: str, characters: int = CHARACTERS) -> list[str]:
         if not left_out & set(file.relative_to(folder).parts)
     ]
     random.Random(kind).shuffle(modules)  # noqa: S311 - not for secrets
-    found: list[str] = []
-    for file in modules:
-        found.append(written(file)[:CHARACTERS_PER_FILE])
-        if sum(map(len, found)) >= characters:
-            break
-    return found
+    return demo.up_to(characters, map(written, modules), CHARACTERS_PER_FILE)
 
 
 def _source(module: pathlib.Path) -> str:

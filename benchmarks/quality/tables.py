@@ -163,13 +163,12 @@ def _by_method(records: Sequence[Record], rows: Rows) -> Iterable[tuple[str, lis
 def _table(
     records: Sequence[Record],
     rows: Rows,
-    reference: str | None = "pcb",
+    reference: str = "pcb",
     *,
     with_tasks: bool = False,
 ) -> Iterable[str]:
     first = records[0]
-    heading = ["model", "average", "normalised"]
-    heading += [f"against {reference}"] if reference else []
+    heading = ["model", "average", "normalised", f"against {reference}"]
     heading += ["trials", *first.tasks] if with_tasks else []
     yield _line(heading)
     yield _line(["---", *["---:"] * (len(heading) - 1)])
@@ -183,7 +182,7 @@ def _table(
             ("each task's own expert", individual),
             *methods,
         ]
-    against = next((found for name, found in methods if name == reference), None)
+    against = dict(methods)[reference]
     for name, found in methods:
         cells = [
             name,
@@ -191,10 +190,8 @@ def _table(
             _percent(
                 [_normalised(record, row) for record, row in zip(records, found, strict=True)]
             ),
+            "" if name == reference else _lead(first.metric, _leads(found, against)),
         ]
-        if against:
-            leads = [_average(a) - _average(b) for a, b in zip(found, against, strict=True)]
-            cells.append("" if found is against else _lead(first.metric, leads))
         if with_tasks:
             cells.append(str(len(first.trials[name])) if name in first.trials else "")
             cells += [
@@ -229,10 +226,7 @@ def _best_cells(records: Sequence[Record], most: int = 3) -> Iterable[str]:
     yield _line(["---", "---:", "---:"])
     for number, sweep in enumerate(first.sweeps):
         gains = {
-            (density, scale): [
-                record.sweeps[number].scores[row][column] - record.base.validation
-                for record in records
-            ]
+            (density, scale): _gained(records, number, row, column)
             for row, density in enumerate(sweep.densities)
             for column, scale in enumerate(sweep.lambdas)
         }
@@ -242,6 +236,11 @@ def _best_cells(records: Sequence[Record], most: int = 3) -> Iterable[str]:
             name = f"scope: {sweep.scope}, density {cell[0]:g}, lambda {cell[1]:g}"
             lead = "" if cell == default else _lead(first.metric, leads)
             yield _line([name, _lead(first.metric, gains[cell]), lead])
+
+
+def _gained(records: Sequence[Record], sweep: int, row: int, column: int) -> list[float]:
+    """Of every seed what a cell of a sweep gains over the base on validation data."""
+    return [record.sweeps[sweep].scores[row][column] - record.base.validation for record in records]
 
 
 def _shares(records: Sequence[Record]) -> Iterable[str]:
@@ -265,8 +264,7 @@ def _added(records: Sequence[Record]) -> Iterable[str]:
     yield _line(["---", "---:"])
     fixed = dict(_by_method(records, lambda record: record.searched))
     for name, found in _by_method(records, lambda record: record.weighted):
-        pairs = zip(found, fixed[name.removesuffix(" + weights")], strict=True)
-        leads = [_average(row) - _average(other) for row, other in pairs]
+        leads = _leads(found, fixed[name.removesuffix(" + weights")])
         yield _line([name, _lead(records[0].metric, leads)])
 
 
@@ -351,6 +349,11 @@ def _average(row: Row) -> float:
     return statistics.mean(row.test.values())
 
 
+def _leads(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
+    """Seed by seed, of averages on test data."""
+    return [_average(row) - _average(other) for row, other in zip(rows, others, strict=True)]
+
+
 def _normalised(record: Record, row: Row) -> float:
     """Accuracies: share of the own expert's, averaged. Losses: share of the experts' mean gain."""
     if record.metric == "accuracy":
@@ -399,11 +402,7 @@ def _draw_sweeps(records: Sequence[Record], file: pathlib.Path) -> None:
         gains = [
             [
                 [
-                    scale
-                    * statistics.mean(
-                        record.sweeps[number].scores[row][column] - record.base.validation
-                        for record in own
-                    )
+                    scale * statistics.mean(_gained(own, number, row, column))
                     for column in range(len(own[0].sweeps[number].lambdas))
                 ]
                 for row in range(len(own[0].sweeps[number].densities))
