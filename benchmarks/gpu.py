@@ -18,7 +18,7 @@ import torch
 from mergekit.merge_methods import merge_tensors
 
 from benchmarks.measuring import machine
-from mergekit_pcb.dare import Dare
+from mergekit_pcb.core.dare import Dare
 
 TASKS = 3
 WALKS = 3

@@ -12,11 +12,11 @@ from mergekit_pcb._autoload import install as _install
 if TYPE_CHECKING:
     from typing import Any
 
-    from mergekit_pcb.adaptive import adamerge
     from mergekit_pcb.errors import PCBError
-    from mergekit_pcb.method import PCBMerge
-    from mergekit_pcb.search import search_weights
+    from mergekit_pcb.host.method import PCBMerge
     from mergekit_pcb.state_dicts import combine, contributions
+    from mergekit_pcb.tools.adamerge import adamerge
+    from mergekit_pcb.tools.search import search_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,11 +32,11 @@ __all__ = [
 
 _HOMES = {
     "PCBError": "mergekit_pcb.errors",
-    "PCBMerge": "mergekit_pcb.method",
-    "adamerge": "mergekit_pcb.adaptive",
+    "PCBMerge": "mergekit_pcb.host.method",
+    "adamerge": "mergekit_pcb.tools.adamerge",
     "combine": "mergekit_pcb.state_dicts",
     "contributions": "mergekit_pcb.state_dicts",
-    "search_weights": "mergekit_pcb.search",
+    "search_weights": "mergekit_pcb.tools.search",
 }
 
 

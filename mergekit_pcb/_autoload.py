@@ -1,8 +1,8 @@
 """How mergekit's own commands learn of ``pcb``: standard library only, and never in the way.
 
 mergekit loads no plugins, so two start-up files at the root of the installation call
-:func:`install` in every Python process. That adds a finder to ``sys.meta_path`` which lets
-three modules of mergekit load as always and then does its one job in each, once.
+:func:`install` in every Python process. That adds a finder to ``sys.meta_path`` which lets a few
+modules of mergekit load as always and then does its one job in each.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ import sys
 TYPE_CHECKING = False  # typing itself would triple the cost of this module
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 SWITCH = "MERGEKIT_PCB_AUTOLOAD"
 
 
 def install() -> None:
-    """Register ``pcb`` now if mergekit is loaded already, else as soon as it is."""
+    """Provide ``pcb`` in this process, unless the environment switches that off."""
     import os
 
-    if os.environ.get(SWITCH) == "0":
-        return
+    if os.environ.get(SWITCH) != "0":
+        watch()
+
+
+def watch() -> None:
+    """Act on mergekit's modules that are loaded already, and on the others once they are."""
     for name, act in _ACTIONS.items():
         module = sys.modules.get(name)
         # A module still being imported is the business of the finder that is importing it.
@@ -39,22 +43,35 @@ def install() -> None:
 def register() -> None:
     """Register ``pcb`` with mergekit, importing mergekit if need be.
 
-    Does nothing where it is registered already.
+    Does nothing where it is registered already; the environment cannot switch it off.
     """
     import mergekit.merge_methods.registry as registry
 
     _register(registry)
+    watch()
 
 
 def _register(registry: ModuleType) -> None:
     registered = {method.spec.name: method for method in registry.registered_methods()}
     if "pcb" not in registered:
-        import mergekit_pcb.method  # noqa: F401 - registers itself
+        import mergekit_pcb.host.method  # noqa: F401 - registers itself
     elif not type(registered["pcb"]).__module__.startswith("mergekit_pcb."):
         raise RuntimeError(
             "mergekit already has a method named pcb, which is left alone; uninstall "
             "mergekit-pcb, or the other provider, to choose one"
         )
+
+
+def _wrap_planner(plan: ModuleType) -> None:
+    from mergekit_pcb.host import planning
+
+    planning.wrap_planner(plan)
+
+
+def _wrap_raw_planner(merge_raw_pytorch: ModuleType) -> None:
+    from mergekit_pcb.host import planning
+
+    planning.wrap_raw_planner(merge_raw_pytorch)
 
 
 def _extend_genome(genome: ModuleType) -> None:
@@ -63,6 +80,8 @@ def _extend_genome(genome: ModuleType) -> None:
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "mergekit.merge_methods.registry": _register,
+    "mergekit.plan": _wrap_planner,
+    "mergekit.scripts.merge_raw_pytorch": _wrap_raw_planner,
     "mergekit.evo.genome": _extend_genome,
 }
 
@@ -75,8 +94,8 @@ def _attempt(act: Callable[[ModuleType], None], module: ModuleType) -> None:
         import warnings
 
         warnings.warn(
-            f"cannot provide merge_method: pcb; because {type(error).__name__}: {error}; "
-            "reinstall or uninstall mergekit-pcb",
+            f"cannot provide all of merge_method: pcb; because {type(error).__name__}: {error}; "
+            "install mergekit 0.1.5 and mergekit-pcb anew, or uninstall mergekit-pcb",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -96,26 +115,31 @@ class _Finder:
     ) -> ModuleSpec | None:
         if name not in self._waiting:
             return None
-        self._waiting.discard(name)
-        if not self._waiting and self in sys.meta_path:
-            sys.meta_path.remove(self)
         for finder in [finder for finder in sys.meta_path if finder is not self]:
             spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, _ACTIONS[name])  # type: ignore[assignment]
+                    spec.loader = _Loader(name, spec.loader, self)  # type: ignore[assignment]
                 return spec
         return None
+
+    def loaded(self, name: str) -> None:
+        self._waiting.discard(name)
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 class _Loader:
     """Lets the real loader do everything, then acts on the loaded module."""
 
-    def __init__(self, loader: Loader, act: Callable[[ModuleType], None]) -> None:
-        self._loader, self._act = loader, act
+    def __init__(self, name: str, loader: Any, finder: _Finder) -> None:
+        self._name, self._loader, self._finder = name, loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_loader"], name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+        return self._loader.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
         # Whoever asks the module for its source or resources later wants the real loader.
@@ -123,4 +147,5 @@ class _Loader:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _attempt(self._act, module)
+        self._finder.loaded(self._name)
+        _attempt(_ACTIONS[self._name], module)

@@ -13,27 +13,17 @@ def one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-class _ThreeBeats(click.ClickException):
-    """mergekit's commands are click commands: click prints this as one ``Error:`` line.
+class PCBError(click.ClickException, ValueError):
+    """A request that cannot be carried out: cannot X, because Y, do Z.
 
-    It exits with status 1, where any other exception would show a traceback.
+    mergekit's commands are click commands: click prints this as one ``Error:`` line and exits
+    with status 1, where any other exception would show a traceback. In memory it is an ordinary
+    ``ValueError``.
     """
 
     def __init__(self, cannot: str, because: str, remedy: str) -> None:
         super().__init__(f"cannot {cannot}; because {because}; {remedy}.")
         self.beats = (cannot, because, remedy)
 
-    def __reduce__(self) -> tuple[type[_ThreeBeats], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[PCBError], tuple[str, str, str]]:
         return type(self), self.beats
-
-
-class PCBError(_ThreeBeats, ValueError):
-    """A request that cannot be carried out; in memory an ordinary ``ValueError``."""
-
-
-class PlanError(_ThreeBeats):
-    """The same, raised while mergekit plans.
-
-    Planning happens inside pydantic validators, which would wrap a ``ValueError`` into an
-    error of their own, traceback included.
-    """

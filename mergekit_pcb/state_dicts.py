@@ -7,16 +7,16 @@ measures once (:func:`contributions`) and sums as often as needed (:func:`combin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
+from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.dtype import align_dtype
 
-from mergekit_pcb import dare, merging, whole_model
+from mergekit_pcb.core import merge
+from mergekit_pcb.core.vectors import working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.method import PARAMETERS
-from mergekit_pcb.statistics import Recipe, measure
-from mergekit_pcb.task_vectors import Aligned, promoted, working_dtype
+from mergekit_pcb.host.groups import explained_for
+from mergekit_pcb.host.method import PCBMerge, in_memory, prepare
 
 StateDict = dict[str, torch.Tensor]
 Model = Mapping[str, torch.Tensor] | torch.nn.Module
@@ -40,24 +40,37 @@ def contributions(
     each expert. Returns a state dict per expert, float32 (float64 for float64 inputs), of
     the tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
+    if not experts:
+        raise PCBError("merge with pcb", "there is no expert", "give at least one")
+    for name, value in (("density", density), ("dare_density", dare_density)):
+        if isinstance(value, Sequence) and len(value) != len(experts):
+            raise PCBError(
+                f"use {len(value)} values of {name}",
+                f"there are {len(experts)} experts",
+                "give one for each",
+            )
     states = [_state_dict(model) for model in (base, *experts)]
-    recipe = _recipe(len(experts), density, clip, dare_density, seed)
-    scope = _valid("scope", scope)
-    walk = [_aligned(name, states) for name in states[0] if states[0][name].is_floating_point()]
-    names = ["the base", *(f"expert {number}" for number in range(len(experts)))]
-    with whole_model.explained(None, names[0], names[1:]):
-        if scope == whole_model.MODEL and walk:
-            whole = whole_model.of_groups(walk, recipe, names)
-        found: list[StateDict] = [{} for _ in experts]
-        for aligned in walk:
-            dtype = working_dtype(aligned.base.dtype)
-            if scope == whole_model.MODEL:
-                statistics = replace(whole, dtype=max(whole.dtype, dtype, key=_itemsize))
-            else:
-                statistics = measure(lambda one=aligned: [one], len(aligned), recipe, dtype)  # type: ignore[misc]
-            parts = merging.contributions(aligned, statistics)
-            for state, part in zip(found, parts, strict=True):
-                state[aligned.name] = part.to(dtype).view(states[0][aligned.name].shape)
+    names = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
+    groups = [_group(name, states) for name in names]
+    given = {
+        "density": density,
+        "clip": clip,
+        "scope": scope,
+        "dare_density": dare_density,
+        "seed": seed,
+    }
+    method = PCBMerge()
+    bound = method._bind_parameters(groups, given)
+    if groups:
+        bound = in_memory(groups, bound, [None] * len(groups))
+    found: list[StateDict] = [{} for _ in experts]
+    for name, group, values in zip(names, groups, bound, strict=True):
+        with explained_for(group):
+            prepared = prepare(group, values)
+            parts = merge.contributions(prepared.aligned, prepared.statistics)
+        tensor = group.entries[0].tensor
+        for state, part in zip(found, parts, strict=True):
+            state[name] = part.to(working_dtype(tensor.dtype)).view(tensor.shape)
     return found
 
 
@@ -97,55 +110,14 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
     return model.state_dict() if isinstance(model, torch.nn.Module) else model
 
 
-def _aligned(name: str, states: Sequence[Mapping[str, torch.Tensor]]) -> Aligned:
+def _group(name: str, states: Sequence[Mapping[str, torch.Tensor]]) -> TensorGroup:
+    """The tensors of one name, in the dtype that holds the values of all of them."""
     for number, state in enumerate(states[1:]):
         if name not in state:
             raise PCBError(
                 f"merge tensor {name}", f"expert {number} lacks it", "give models of one kind"
             )
-        if state[name].shape != states[0][name].shape:
-            raise PCBError(
-                f"merge tensor {name}",
-                f"it has shape {tuple(states[0][name].shape)} in the base but "
-                f"{tuple(state[name].shape)} in expert {number}",
-                "merge only models fine-tuned from this base",
-            )
+    ids = ["the base", *(f"expert {number}" for number in range(len(states) - 1))]
     tensors = [state[name] for state in states]
-    dtype = promoted(tensors)
-    base, *tasks = [tensor.to(dtype) for tensor in tensors]
-    return Aligned.of(name, base, tasks)
-
-
-def _recipe(
-    count: int,
-    density: float | Sequence[float],
-    clip: float,
-    dare_density: float | Sequence[float],
-    seed: int,
-) -> Recipe:
-    if not count:
-        raise PCBError("merge with pcb", "there is no expert", "give at least one")
-    kept = _for_each("density", density, count)
-    drawn = _for_each("dare_density", dare_density, count)
-    plan = dare.plan(drawn, _valid("seed", seed), range(count))
-    return Recipe(tuple(kept), _valid("clip", clip), plan)
-
-
-def _for_each(name: str, value: float | Sequence[float], count: int) -> list[float]:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
-    if values is None:
-        return [_valid(name, value)] * count
-    if len(values) != count:
-        raise PCBError(
-            f"use {len(values)} values of {name}", f"there are {count} experts", "give one for each"
-        )
-    return [_valid(name, one) for one in values]
-
-
-def _valid(name: str, value: Any) -> Any:
-    (spec,) = [spec for spec in PARAMETERS if spec.name == name]
-    return spec.validate(value)
-
-
-def _itemsize(dtype: torch.dtype) -> int:
-    return dtype.itemsize
+    group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0, name=name)
+    return align_dtype(group)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from mergekit_pcb import ranks, statistics, task_vectors
+from mergekit_pcb.core import measure, ranks, vectors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -15,13 +15,13 @@ def pieces(size):
     """Cut tensors into chunks of ``size`` and let statistics hold hardly more; None: as shipped."""
     with pytest.MonkeyPatch.context() as patch:
         if size is not None:
-            patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS", size)
-            patch.setattr(task_vectors, "CPU_THREADS_PER_CHUNK", 1024)
-            for module in (ranks, statistics):
+            patch.setattr(vectors, "CPU_CHUNK_ELEMENTS", size)
+            patch.setattr(vectors, "CPU_THREADS_PER_CHUNK", 1024)
+            for module in (ranks, measure):
                 patch.setattr(module, "POOL_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)
             patch.setattr(ranks, "CELLS", 64)
-            patch.setattr(statistics, "LARGEST_SAMPLE", 16 * size)
+            patch.setattr(measure, "LARGEST_SAMPLE", 16 * size)
         yield
 
 

@@ -161,7 +161,7 @@ def test_an_error_survives_the_way_between_processes():
 
 
 def test_own_command_refuses_a_directory_in_use(tmp_path):
-    from mergekit_pcb.cli import main
+    from mergekit_pcb.tools.cli import main
 
     (tmp_path / "mine.txt").write_text("mine")
     result = CliRunner().invoke(main, ["demo", str(tmp_path)])

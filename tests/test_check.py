@@ -12,7 +12,7 @@ from conftest import ROOT
 from families import save
 from safetensors.torch import save_file
 
-from mergekit_pcb import cli
+from mergekit_pcb.tools import cli
 
 
 def check(tmp_path, config, *options):
@@ -230,7 +230,7 @@ def test_the_peak_is_about_what_a_merge_takes():
     from test_determinism import peak_bytes
     from test_properties import merge, models
 
-    from mergekit_pcb.task_vectors import CPU_CHUNK_ELEMENTS, scratch_chunks
+    from mergekit_pcb.core.vectors import CPU_CHUNK_ELEMENTS, scratch_chunks
 
     given = models(3, (1024, 2048), dtype=torch.float32)
     peak_bytes(lambda: merge(given))

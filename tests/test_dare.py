@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from test_bad_input import refused, unreadable  # noqa: F401 - a fixture
 from test_whole_model import assert_equal_states, whole_reference
 
-from mergekit_pcb import dare
-from mergekit_pcb.dare import BLOCK_ELEMENTS, Dare
+from mergekit_pcb.core import dare
+from mergekit_pcb.core.dare import BLOCK_ELEMENTS, Dare
 
 MANY = 1 << 20
 

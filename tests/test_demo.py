@@ -8,7 +8,7 @@ from checkpoints import run, tensors
 from conftest import pieces  # noqa: F401 - puts tests/ on the path before torch starts threads
 from reference import pcb as reference
 
-from mergekit_pcb import demo
+from mergekit_pcb.tools import demo
 
 
 def test_demo_trains_merges_measures(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from conftest import pieces
 from test_properties import merge, models
 
-from mergekit_pcb import ranks, statistics, task_vectors
+from mergekit_pcb.core import measure, ranks, vectors
 
 
 def peak_bytes(action):
@@ -60,29 +60,29 @@ def test_a_guess_never_changes_the_bits(guess):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     kept = merge(tensors, density=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ranks, statistics):
+        for module in (ranks, measure):
             patch.setattr(module, "POOL_ELEMENTS", 1000)
         patch.setattr(ranks, "LARGEST_POOL", 20_000)
-        patch.setattr(task_vectors, "CPU_CHUNK_ELEMENTS", 50_000)
+        patch.setattr(vectors, "CPU_CHUNK_ELEMENTS", 50_000)
         if guess != "sampled":
-            patch.setattr(statistics._Sample, "guess", lambda *_: guess)
+            patch.setattr(measure._Sample, "guess", lambda *_: guess)
         assert torch.equal(merge(tensors, density=0.2), kept)
 
 
-def test_the_sample_spares_a_third_walk(monkeypatch):
+def test_the_sample_spares_a_third_pass(monkeypatch):
     tensors = models(3, (1000, 300), dtype=torch.float32)
-    aligned = task_vectors.Aligned.of("w", tensors[0], tensors[1:])
-    walks = []
-    monkeypatch.setattr(statistics, "POOL_ELEMENTS", 1000)
+    aligned = vectors.Aligned.of("w", tensors[0], tensors[1:])
+    passes = []
+    monkeypatch.setattr(measure, "POOL_ELEMENTS", 1000)
 
-    def walk():
-        walks.append("walk")
+    def start_pass():
+        passes.append("pass")
         return [aligned]
 
-    statistics.measure(
-        walk, len(aligned), statistics.Recipe((0.2,) * 3, 1e-4, (None,) * 3), torch.float32
+    measure.measure(
+        start_pass, len(aligned), measure.Recipe((0.2,) * 3, 1e-4, (None,) * 3), torch.float32
     )
-    assert len(walks) == 2
+    assert len(passes) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

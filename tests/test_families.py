@@ -511,30 +511,16 @@ def test_buffers_scalars_and_empty_tensors_survive(tmp_path, monkeypatch):
 
 def test_optional_tensors_that_some_models_lack():
     """Of one holder: its tensor, untouched. Of base and some: merged. Without the base: refused."""
-    from mergekit.architecture import WeightInfo
-    from mergekit.common import ImmutableMap, ModelReference
-    from mergekit.io.tasks import GatherTensors
-    from mergekit.merge_methods import get
-    from mergekit.merge_methods.base import ParameterScope
-    from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+    from mergekit.options import MergeOptions
+    from test_plan import plain_task
 
     from mergekit_pcb import PCBError
+    from mergekit_pcb.host.nodes import nodes_of
+    from mergekit_pcb.host.plan import Plan
 
-    base, first, second = models = [ModelReference.parse(f"./{name}") for name in "bcm"]
-    info = WeightInfo(name="w", optional=True)
-    values = {spec.name: (spec.scope, spec.default) for spec in get("pcb").spec.parameters}
-    values["dare_density"] = (ParameterScope.NON_BASE, 0.5)
-    shared = {n: v for n, (scope, v) in values.items() if scope == ParameterScope.SHARED}
-    own = {n: v for n, (scope, v) in values.items() if scope == ParameterScope.NON_BASE}
-    task = ExecuteMergeMethodTask(
-        method_name="pcb",
-        gather_tensors=GatherTensors(weight_info=ImmutableMap(dict.fromkeys(models, info))),
-        model_order=tuple(models),
-        base_model=base,
-        output_weight=info,
-        parameters=ImmutableMap(shared),
-        input_parameters=ImmutableMap({model: ImmutableMap(own) for model in models}),
-    )
+    plain, models = plain_task(dare_density=0.5)
+    base, first, second = models
+    (task,) = nodes_of(Plan([plain], MergeOptions()))
     tensors_of = {m: torch.randn(9, 7).double() for m in models}
     for holder in (base, first):
         assert torch.equal(task.execute({holder: tensors_of[holder]}), tensors_of[holder])

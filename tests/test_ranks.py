@@ -6,8 +6,8 @@ from conftest import pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_pcb import ranks
-from mergekit_pcb.ranks import OrderStatistic
+from mergekit_pcb.core import ranks
+from mergekit_pcb.core.ranks import OrderStatistic
 
 
 def settled(values, rank, *, piece=7, guess=(None, None), tied=False):

@@ -9,7 +9,7 @@ from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import ROOT
 from reference import pcb as reference
 
-import mergekit_pcb.method
+import mergekit_pcb.host.method
 
 README = (ROOT / "README.md").read_text()
 
@@ -38,7 +38,7 @@ def test_the_table_of_parameters_is_the_specification():
     rows = re.findall(r"^\| `(\w+)` \| (per model|top level) \| .*? \| (\S+) \|", README, re.M)
     specified = [
         (spec.name, "top level" if spec.scope == "shared" else "per model", spec.default)
-        for spec in mergekit_pcb.method.PARAMETERS
+        for spec in mergekit_pcb.host.method.PARAMETERS
     ]
 
     def value(cell):
@@ -78,7 +78,7 @@ def test_yaml_blocks_are_configurations():
 
 
 def test_every_command_of_the_readme_exists_with_its_options():
-    from mergekit_pcb.cli import main
+    from mergekit_pcb.tools.cli import main
 
     lines = "\n".join(blocks("sh")).replace("&&", "\n").splitlines()
     ours = [line.strip() for line in lines if line.strip().startswith("mergekit-pcb")]

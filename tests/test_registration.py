@@ -51,7 +51,7 @@ ORDERS = {
     "multimerge": "import mergekit.scripts.multimerge",
     "merge_raw_pytorch": "import mergekit.scripts.merge_raw_pytorch",
     "this package": "import mergekit_pcb",
-    "this package's method": "import mergekit_pcb.method",
+    "this package's method": "import mergekit_pcb.host.method",
     "this package's class": "from mergekit_pcb import PCBMerge",
     "torch": "import torch",
 }
@@ -66,7 +66,7 @@ def test_the_genome_of_mergekit_evolve_knows_weight_and_density():
     python("""
         from mergekit.evo.genome import METHOD_PARAM_MAPS
         assert METHOD_PARAM_MAPS["pcb"] == ["weight", "density"]
-        import sys, mergekit.merge_methods
+        import sys, mergekit.merge_methods, mergekit.scripts.merge_raw_pytorch, mergekit.plan
         assert not [f for f in sys.meta_path if type(f).__module__.startswith("mergekit_pcb")]
     """)
 
@@ -119,7 +119,7 @@ def test_switched_off():
 def test_without_site_the_own_command_works():
     python(ABSENT, options=["-S"], PYTHONPATH=site_packages())
     result = python(
-        "from mergekit_pcb.cli import main; main(['yaml', '--help'], prog_name='mergekit-pcb')",
+        "from mergekit_pcb.tools.cli import main; main(['yaml', '--help'], prog_name='x')",
         options=["-S"],
         PYTHONPATH=site_packages(),
     )
@@ -156,7 +156,7 @@ def test_importing_is_light():
 def test_a_foreign_pcb_is_left_alone_with_a_warning():
     result = python("""
         import sys
-        sys.modules.pop("mergekit_pcb.method", None)
+        sys.modules.pop("mergekit_pcb.host.method", None)
         finders = [f for f in sys.meta_path if type(f).__module__.startswith("mergekit_pcb")]
         for finder in finders:
             sys.meta_path.remove(finder)
@@ -263,17 +263,17 @@ def test_half_removed_or_broken_installations_do_not_disturb_anyone(environment,
         merged = merge_tensors(both, "linear", parameters={"weight": 1.0})
         assert merged.tolist() == [0.5, 0.5]
     """
-    method = (package / "method.py").read_text()
-    (package / "method.py").write_text("def broken")
+    method = (package / "host" / "method.py").read_text()
+    (package / "host" / "method.py").write_text("def broken")
     result = python(linear, executable=executable)
     assert result.stderr.count("RuntimeWarning") == 1
-    assert "cannot provide merge_method: pcb; because SyntaxError" in result.stderr
-    (package / "method.py").unlink()
+    assert "cannot provide all of merge_method: pcb; because SyntaxError" in result.stderr
+    (package / "host" / "method.py").unlink()
     assert "because ModuleNotFoundError" in python(linear, executable=executable).stderr
-    (package / "method.py").write_text(method)
+    (package / "host" / "method.py").write_text(method)
     (package / "_autoload.py").write_text("def broken")
     assert python("print('fine')", executable=executable).stderr == ""
     assert python(linear, executable=executable).stderr == ""
-    for file in package.glob("*.py"):
+    for file in package.rglob("*.py"):
         file.unlink()
     assert python(linear, executable=executable).stderr == ""

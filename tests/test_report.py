@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from test_bad_input import THREE_BEATS
 from test_dare import dare_factors
 
-from mergekit_pcb import cli
-from mergekit_pcb.report import kind_of, layer_of
+from mergekit_pcb.tools import cli
+from mergekit_pcb.tools.counts import kind_of, layer_of
 
 
 def report(tmp_path, config, *options):

@@ -22,7 +22,7 @@ from test_bad_input import THREE_BEATS
 
 import mergekit_pcb
 from mergekit_pcb import search_weights
-from mergekit_pcb.search import EvaluationError, Space, search
+from mergekit_pcb.tools.search import EvaluationError, Space, search
 
 # Scores a checkpoint by its distance to another, without torch, and counts how often.
 SCORE = """
@@ -210,7 +210,8 @@ def test_trials_are_what_merges_give(place, family):
     """Sharded, whole-model, DARE, bfloat16, frozen weights: a sum of files against a merge."""
     from mergekit.options import MergeOptions
 
-    from mergekit_pcb.search import Job, _Merges, configured
+    from mergekit_pcb.tools.search_files import _Merges
+    from mergekit_pcb.tools.search_job import Job, configured
 
     parameters = {"scope": "model", "dare_density": 0.6, "density": 0.2, "lambda": 1.3}
     config = configuration(family, parameters=parameters, dtype="float32", out_dtype="bfloat16")
@@ -233,7 +234,8 @@ def test_weights_that_are_not_searched_stay_as_configured(place):
     """Gradients and numerals included: a sum of files against a merge."""
     from mergekit.options import MergeOptions
 
-    from mergekit_pcb.search import Job, _Merges, configured
+    from mergekit_pcb.tools.search_files import _Merges
+    from mergekit_pcb.tools.search_job import Job, configured
 
     config = yaml.safe_load((place / "config.yml").read_text())
     config["models"][0]["parameters"] = {"weight": [0.5, 1.5]}
@@ -277,7 +279,7 @@ def test_mistakes_end_in_a_sentence(place, change, options, complaint):
 def test_without_cma_nothing_is_written(place, monkeypatch):
     from click.testing import CliRunner
 
-    from mergekit_pcb import cli
+    from mergekit_pcb.tools import cli
 
     monkeypatch.setitem(sys.modules, "cma", None)
     result = CliRunner().invoke(cli.main, ["search", *map(str, arguments(place))])

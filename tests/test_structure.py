@@ -1,4 +1,4 @@
-"""The borders between the rooms, read from their imports."""
+"""The borders between floors and rooms, read from their imports."""
 
 import ast
 import pathlib
@@ -11,126 +11,194 @@ PACKAGE = pathlib.Path(mergekit_pcb.__file__).parent
 # Each room and what it may import of this package; nothing else, and no cycles.
 ARROWS = {
     # all but the first only for type checkers
-    "__init__": {"_autoload", "adaptive", "errors", "method", "search", "state_dicts"},
-    "__main__": {"cli"},
-    "_autoload": {"method"},
+    "__init__": {
+        "_autoload",
+        "errors",
+        "host.method",
+        "state_dicts",
+        "tools.adamerge",
+        "tools.search",
+    },
+    "__main__": {"tools.cli"},
+    "_autoload": {"host.method", "host.planning"},
     "errors": set(),
     "files": set(),
-    "balance": set(),
-    "ranks": set(),
-    "dare": set(),
-    "task_vectors": {"dare"},
-    "statistics": {"balance", "dare", "ranks", "task_vectors"},
-    "merging": {"balance", "statistics", "task_vectors"},
-    "checkpoints": {"errors", "task_vectors"},
-    "document": {"balance", "dare", "errors", "files", "statistics"},
-    "whole_model": {
-        "balance",
-        "checkpoints",
-        "dare",
-        "document",
-        "errors",
-        "statistics",
-        "task_vectors",
-    },
-    "method": {
-        "checkpoints",
-        "merging",
-        "dare",
-        "errors",
-        "statistics",
-        "task_vectors",
-        "whole_model",
-    },
-    "demo": {"errors"},
-    "adapters": {"errors", "files"},
-    "check": {"checkpoints", "errors", "method", "task_vectors", "whole_model"},
     "state_dicts": {
-        "merging",
-        "dare",
+        "core.merge",
+        "core.vectors",
         "errors",
-        "method",
-        "statistics",
-        "task_vectors",
-        "whole_model",
+        "host.groups",
+        "host.method",
     },
-    "adaptive": {"errors", "state_dicts"},
-    "search": {
-        "checkpoints",
-        "merging",
+    "core.__init__": set(),
+    "core.dare": set(),
+    "core.formulas": set(),
+    "core.ranks": set(),
+    "core.rules": {"core.dare"},
+    "core.vectors": {"core.dare"},
+    "core.measure": {"core.dare", "core.formulas", "core.ranks", "core.vectors"},
+    "core.merge": {"core.formulas", "core.measure", "core.vectors"},
+    "host.__init__": set(),
+    "host.parameters": {"core.measure", "core.rules", "errors"},
+    "host.groups": {"core.measure", "core.vectors", "errors"},
+    "host.method": {
+        "_autoload",
+        "core.measure",
+        "core.merge",
+        "core.rules",
+        "core.vectors",
+        "errors",
+        "host.groups",
+        "host.parameters",
+    },
+    "host.plan": {"core.measure", "core.rules", "errors", "host.method", "host.parameters"},
+    "host.inputs": {"core.vectors", "host.groups", "host.plan"},
+    "host.statistics_file": {"core.dare", "core.formulas", "core.measure", "errors", "files"},
+    "host.whole_model": {
+        "core.measure",
+        "core.vectors",
+        "errors",
+        "host.groups",
+        "host.inputs",
+        "host.statistics_file",
+    },
+    "host.nodes": {
+        "core.rules",
+        "host.groups",
+        "host.inputs",
+        "host.method",
+        "host.plan",
+        "host.whole_model",
+    },
+    "host.vocabulary": {"errors", "host.nodes"},
+    "host.advice": {"host.inputs", "host.parameters", "host.plan"},
+    "host.planning": {
+        "errors",
+        "host.advice",
+        "host.method",
+        "host.nodes",
+        "host.plan",
+        "host.vocabulary",
+    },
+    "tools.__init__": set(),
+    "tools.adamerge": {"errors", "state_dicts"},
+    "tools.adapters": {"errors", "files"},
+    "tools.check_text": {"errors", "host.parameters", "host.planning"},
+    "tools.check": {
+        "core.rules",
+        "core.vectors",
+        "errors",
+        "host.advice",
+        "host.groups",
+        "host.inputs",
+        "host.method",
+        "host.plan",
+        "host.planning",
+        "host.whole_model",
+        "tools.check_text",
+    },
+    "tools.counts": {"core.merge", "core.vectors", "host.method"},
+    "tools.demo": {"errors"},
+    "tools.figures": {"errors", "tools.counts"},  # the last only for type checkers
+    "tools.report": {"errors", "files", "host.planning", "tools.counts"},
+    "tools.search": {"errors", "state_dicts"},
+    "tools.search_job": {"errors", "tools.search"},
+    "tools.search_files": {
+        "core.merge",
         "errors",
         "files",
-        "method",
-        "state_dicts",
-        "statistics",
-        "task_vectors",
+        "host.method",
+        "host.plan",
+        "host.planning",
+        "tools.search",
+        "tools.search_job",
     },
-    "report": {
-        "checkpoints",
+    "tools.cli": {
         "errors",
-        "files",
-        "merging",
-        "method",
-        "statistics",
-        "task_vectors",
-    },
-    "figures": {"errors", "report"},  # the last only for type checkers
-    "cli": {
-        "adapters",
-        "check",
-        "checkpoints",
-        "figures",
-        "report",
-        "search",
-        "demo",
-        "errors",
-        "whole_model",
+        "host.inputs",
+        "host.planning",
+        "host.whole_model",
+        "tools.adapters",
+        "tools.check",
+        "tools.demo",
+        "tools.figures",
+        "tools.report",
+        "tools.search_files",
+        "tools.search_job",
     },
 }
-# Rooms that must not know the host, and the one that must import hardly anything at all.
-WITHOUT_MERGEKIT = {
-    "balance",
-    "ranks",
-    "dare",
-    "task_vectors",
-    "statistics",
-    "merging",
-    "errors",
-    "files",
-    "demo",
-}
+FLOORS = ("core", "host", "tools")
+# Longer than this, a module has more than one job.
+LONGEST = 340
+
+
+def path_of(room):
+    return PACKAGE.joinpath(*room.split(".")).with_suffix(".py")
 
 
 def imports(room):
-    tree = ast.parse((PACKAGE / f"{room}.py").read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path_of(room).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.module == "mergekit_pcb":
-                yield from (f"mergekit_pcb.{alias.name}" for alias in node.names)
+            module = str(node.module)
+            if (
+                module.startswith("mergekit_pcb")
+                and (PACKAGE.parent / module.replace(".", "/")).is_dir()
+            ):
+                yield from (f"{module}.{alias.name}" for alias in node.names)
             else:
-                yield str(node.module)
+                yield module
+
+
+def own_imports(room):
+    own = {name.removeprefix("mergekit_pcb.") for name in imports(room) if "mergekit_pcb." in name}
+    return own - {"__version__", "register"}
 
 
 def test_every_room_has_its_border():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ARROWS)
+    files = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    assert {".".join(file.parts) for file in files} == set(ARROWS)
 
 
 @pytest.mark.parametrize("room", ARROWS)
 def test_arrows_run_one_way(room):
-    own = {name.split(".")[1] for name in imports(room) if name.startswith("mergekit_pcb.")}
-    assert own - {"__version__", "register"} <= ARROWS[room]
+    assert own_imports(room) <= ARROWS[room]
 
 
-@pytest.mark.parametrize("room", sorted(WITHOUT_MERGEKIT))
-def test_the_mathematics_does_not_know_the_host(room):
-    assert not [name for name in imports(room) if name.split(".")[0] == "mergekit"]
+def test_arrows_run_downwards_and_in_no_circle():
+    def floor(room):
+        return FLOORS.index(room.split(".")[0]) if "." in room else None
+
+    for room, below in ARROWS.items():
+        for other in below:
+            assert None in (floor(room), floor(other)) or floor(other) <= floor(room), (room, other)
+    # _autoload is at both ends: it starts the host, whose method makes sure that it watches.
+    left = {room: set(below) for room, below in ARROWS.items() if not room.startswith("_")}
+    while left:
+        ready = [room for room, below in left.items() if not below & left.keys()]
+        assert ready, left
+        for room in ready:
+            del left[room]
+
+
+@pytest.mark.parametrize("room", sorted(room for room in ARROWS if room.startswith("core.")))
+def test_the_mathematics_knows_torch_and_numpy_alone(room):
+    import sys
+
+    known = {*sys.stdlib_module_names, "torch", "numpy", "mergekit_pcb"}
+    assert {name.split(".")[0] for name in imports(room)} <= known
+
+
+def test_only_the_host_and_what_checks_texts_know_mergekit():
+    knows = {r for r in ARROWS if any(n.split(".")[0] == "mergekit" for n in imports(r))}
+    allowed = {"state_dicts", "_autoload", "tools.check", "tools.check_text", "tools.cli"}
+    assert {room for room in knows if not room.startswith("host.")} <= allowed
 
 
 def test_the_method_imports_only_what_the_half_initialised_host_has_loaded():
-    host = {name for name in imports("method") if name.startswith("mergekit.")}
-    host -= {"mergekit.merge_methods.task_adapter"}  # for type checkers only
+    rooms = ["host.method", *(r for r in ARROWS["host.method"] if r.startswith("host."))]
+    host = {name for room in rooms for name in imports(room) if name.startswith("mergekit.")}
     assert host == {
         "mergekit.merge_methods",
         "mergekit.merge_methods.base",
@@ -138,6 +206,16 @@ def test_the_method_imports_only_what_the_half_initialised_host_has_loaded():
     }
 
 
-def test_every_room_says_where_its_border_runs():
+def test_no_caller_is_looked_at():
+    words = ["currentframe", "_getframe", "f_locals", "f_back", "inspect.stack", "walk_stack"]
+    words += ["tb_frame", "get_referrers"]
     for room in ARROWS:
-        assert ast.get_docstring(ast.parse((PACKAGE / f"{room}.py").read_text())), room
+        text = path_of(room).read_text()
+        assert not [word for word in words if word in text], room
+
+
+def test_every_room_is_short_and_says_where_its_border_runs():
+    for room in ARROWS:
+        text = path_of(room).read_text()
+        assert ast.get_docstring(ast.parse(text)), room
+        assert len(text.splitlines()) <= LONGEST, room

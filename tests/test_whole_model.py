@@ -232,38 +232,6 @@ def test_lora_adapters_are_merged_into_their_base_before_measuring(tmp_path):
     assert all(torch.equal(merged[name], base[name]) for name in untouched)
 
 
-def test_of_many_threads_one_measures_and_the_others_wait(monkeypatch):
-    import threading
-    import time
-    from concurrent.futures import ThreadPoolExecutor
-
-    from mergekit_pcb import checkpoints, whole_model
-    from mergekit_pcb.balance import Balance
-    from mergekit_pcb.statistics import Statistics
-
-    class Task:
-        parameters = {"statistics": ""}  # noqa: RUF012
-
-    task, measuring = Task(), []
-    checkpoints.begin()
-    checkpoints.record(task)
-
-    statistics = Statistics((Balance(0.0, 1.0),), (None,), torch.float32, 1)
-
-    def measure_plan(*_, **__):
-        measuring.append(threading.get_ident())
-        time.sleep(0.2)
-        return statistics, 2
-
-    monkeypatch.setattr(whole_model, "_measure_plan", measure_plan)
-    with ThreadPoolExecutor(4) as pool:
-        device = torch.device("cpu")
-        found = list(pool.map(lambda _: whole_model.of_plan(task, device), range(8)))
-    checkpoints.begin()
-    assert len(measuring) == 1
-    assert set(found) == {statistics}
-
-
 @pytest.mark.usefixtures("unreadable")
 @pytest.mark.parametrize(
     ("changes", "complaint"),
@@ -376,7 +344,7 @@ def test_measuring_for_mergekit_pytorch(tmp_path, family):
 
 def changed(document, **changes):
     """A document with changed fields and, unlike one edited by hand, a checksum that fits."""
-    from mergekit_pcb.document import Document, _checksum
+    from mergekit_pcb.host.statistics_file import Document, _checksum
 
     edited = Document.model_validate_json(json.dumps({**document, **changes}))
     return edited.model_copy(update={"checksum": _checksum(edited)}).model_dump_json()
@@ -399,7 +367,7 @@ def test_documents_that_do_not_fit_are_refused(tmp_path, measured):
     assert "measured with clip 0.0001 and the merge asks for 0.001" in complaint(good, clip=1e-3)
     assert "the scope is tensor" in complaint(good, scope="tensor")
     assert "it is damaged" in complaint(good[: len(good) // 2])
-    assert "it is damaged (walks" in complaint(good.replace('"walks": 2', '"walks": "two"'))
+    assert "it is damaged (reads" in complaint(good.replace('"reads": 2', '"reads": "two"'))
     assert "it is damaged (extra" in complaint(good.replace('"clip"', '"extra": 1,\n  "clip"'))
     edited = good.replace('"peak": ', '"peak": 1')
     assert "changed after it was measured" in complaint(edited)
@@ -452,18 +420,18 @@ def test_what_cannot_be_measured_leaves_no_document(tmp_path, family, change, co
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yml"]
 
 
-def test_an_interrupted_walk_leaves_no_document(tmp_path, family, monkeypatch):
+def test_an_interrupted_pass_leaves_no_document(tmp_path, family, monkeypatch):
     from click.testing import CliRunner
 
-    from mergekit_pcb import whole_model
-    from mergekit_pcb.cli import main
+    from mergekit_pcb.host import whole_model
+    from mergekit_pcb.tools.cli import main
 
     (tmp_path / "s.json").write_text("older")
     file = tmp_path / "c.yml"
     file.write_text(yaml.safe_dump(configuration(family, parameters={"scope": "model"})))
 
-    def interrupted(walk, *_):
-        next(iter(walk()))
+    def interrupted(start_pass, *_):
+        next(iter(start_pass()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(whole_model, "measure", interrupted)
@@ -488,7 +456,7 @@ def test_an_interrupted_walk_leaves_no_document(tmp_path, family, monkeypatch):
 def test_configurations_nobody_can_use_end_in_a_sentence(tmp_path, family, text, complaint):
     from click.testing import CliRunner
 
-    from mergekit_pcb.cli import main
+    from mergekit_pcb.tools.cli import main
 
     file = tmp_path / "c.yml"
     file.write_text(text.format(*family))
@@ -502,8 +470,8 @@ def test_configurations_nobody_can_use_end_in_a_sentence(tmp_path, family, text,
 def test_outputs_that_cannot_be_written_are_refused_before_measuring(tmp_path, family, monkeypatch):
     from click.testing import CliRunner
 
-    from mergekit_pcb import whole_model
-    from mergekit_pcb.cli import main
+    from mergekit_pcb.host import whole_model
+    from mergekit_pcb.tools.cli import main
 
     monkeypatch.delattr(whole_model, "measure_to_document")
     file = tmp_path / "c.yml"
@@ -588,10 +556,3 @@ def test_merges_planned_in_two_threads_do_not_mix(tmp_path):
             states = [tensors(path) for path in families[index]]
             expected = whole_reference(states, density=0.1 + 0.2 * index)
             assert_equal_states(result, expected, states[0])
-
-
-def test_a_local_variable_named_options_is_nobodys_business():
-    from mergekit_pcb import checkpoints
-
-    options = torch.arange(3)  # noqa: F841 - it is looked for by name
-    assert checkpoints.is_quiet() is False

@@ -37,8 +37,9 @@ from benchmarks.quality.methods import (
     best_of,
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
-from mergekit_pcb import adamerge, combine, contributions, search
+from mergekit_pcb import adamerge, combine, contributions
 from mergekit_pcb.files import write_text
+from mergekit_pcb.tools import search
 
 PACKAGES = (
     "transformers", "tokenizers", "cma", "scikit-learn", "matplotlib", "pillow", "numpy", "pydantic"

@@ -31,7 +31,7 @@ from benchmarks.quality.suite import (
     snapshot,
     train,
 )
-from mergekit_pcb import demo
+from mergekit_pcb.tools import demo
 
 TASKS = ("python", "c++", "prose", "json")
 #: What the base learns from.

@@ -1,8 +1,8 @@
-"""The measuring walks: everything PCB has to know beyond a single element.
+"""How far the numbers reach: everything PCB has to know beyond a single element.
 
-A *walk* yields the aligned tensors of one scope: one tensor, or all tensors of a model one
-after the other. Measuring takes it twice, first for the magnitudes of the task vectors,
-then for the scores that depend on them; a guess that missed costs one more.
+A scope is one tensor, or all tensors of a model one after the other. Measuring passes over it
+twice, first for the magnitudes of the task vectors, then for the scores that depend on
+them. A guess that missed costs one more pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TypedDict
 
 import torch
 
-from mergekit_pcb.balance import (
+from mergekit_pcb.core.dare import Dare
+from mergekit_pcb.core.formulas import (
     Balance,
     high_rank,
     low_rank,
@@ -24,11 +25,11 @@ from mergekit_pcb.balance import (
     tellable,
     threshold_rank,
 )
-from mergekit_pcb.dare import Dare
-from mergekit_pcb.ranks import POOL_ELEMENTS, OrderStatistic, kth, neighbour
-from mergekit_pcb.task_vectors import Aligned, Scratch
+from mergekit_pcb.core.ranks import POOL_ELEMENTS, OrderStatistic, kth, neighbour
+from mergekit_pcb.core.vectors import Aligned, Scratch, working_dtype
 
-Walk = Callable[[], Iterable[Aligned]]
+#: Begins a new pass over the tensors of a scope.
+Pass = Callable[[], Iterable[Aligned]]
 Values = Iterator[tuple[int, torch.Tensor]]
 
 # Elements of each task in the sample that guesses where thresholds lie: the two-thirds power
@@ -41,11 +42,30 @@ SAMPLE_DEVIATIONS = 4.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines the statistics of given inputs."""
+    """All that determines the statistics of given inputs.
+
+    ``densities`` and ``dare`` have one entry per task, in the order of the configuration.
+    """
 
     densities: tuple[float, ...]
     clip: float
     dare: tuple[Dare | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        densities: Iterable[float],
+        clip: float,
+        dare_densities: Iterable[float],
+        seed: int,
+        positions: Iterable[int],
+    ) -> Recipe:
+        """The recipe of tasks at these positions of the configuration; rules are kept already."""
+        masks = tuple(
+            Dare(density, seed, position) if density < 1 else None
+            for density, position in zip(dare_densities, positions, strict=True)
+        )
+        return cls(tuple(densities), clip, masks)
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class Statistics:
     tasks: int
 
     def of(self, tasks: Sequence[int]) -> Statistics:
-        """The same statistics for some of the tasks, where a tensor is not held by all."""
+        """The same statistics for some of the tasks, where not every model has a tensor."""
         return replace(
             self,
             balances=tuple(self.balances[task] for task in tasks),
@@ -86,8 +106,17 @@ class OutOfRangeError(Exception):
         self.tensor = tensor
 
 
-def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Statistics:
+def measure_together(tensors: Sequence[Aligned], recipe: Recipe) -> Statistics:
+    """Measure tensors that are all at hand as one scope, in the widest of their precisions."""
+    dtypes = (working_dtype(aligned.base.dtype) for aligned in tensors)
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    return measure(lambda: tensors, sum(map(len, tensors)), recipe, dtype)
+
+
+def measure(start_pass: Pass, count: int, recipe: Recipe, dtype: torch.dtype) -> Statistics:
     """Measure a scope of ``count`` elements with arithmetic in ``dtype``.
+
+    Every call of ``start_pass`` brings the same tensors, in any order.
 
     Magnitudes that float32 cannot hold or square are measured again in float64. Raises
     :class:`NotFiniteError` for NaN or infinity in an input, and :class:`OutOfRangeError` where even
@@ -96,7 +125,7 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
     sample, scratch = _Sample(count, len(recipe.densities)), Scratch.of_thread(dtype)
 
     def thinned() -> Iterator[Aligned]:
-        return (aligned.under(recipe.dare) for aligned in walk())
+        return (aligned.under(recipe.dare) for aligned in start_pass())
 
     try:
         intervals = _intervals(thinned, count, recipe, scratch, sample)
@@ -104,12 +133,12 @@ def measure(walk: Walk, count: int, recipe: Recipe, dtype: torch.dtype) -> Stati
     except OutOfRangeError:
         if dtype == torch.float64:
             raise
-        return measure(walk, count, recipe, torch.float64)
+        return measure(start_pass, count, recipe, torch.float64)
     return Statistics(balances, recipe.dare, dtype, len(balances))
 
 
 def _intervals(
-    walk: Walk, count: int, recipe: Recipe, scratch: Scratch, sample: _Sample
+    start_pass: Pass, count: int, recipe: Recipe, scratch: Scratch, sample: _Sample
 ) -> list[Balance]:
     """The clamping interval of every task; fills the sample on the way."""
     tasks = range(len(recipe.densities))
@@ -121,7 +150,7 @@ def _intervals(
         sample.clear(tasks)
         largest, widest = 0.0, ""
         passed = 0
-        for aligned in walk():
+        for aligned in start_pass():
             peaks: list[torch.Tensor] = []
             for chunk in aligned.chunks(scratch):
                 for task in tasks:
@@ -143,7 +172,7 @@ def _intervals(
 
 
 def _balances(
-    walk: Walk,
+    start_pass: Pass,
     count: int,
     recipe: Recipe,
     scratch: Scratch,
@@ -155,7 +184,7 @@ def _balances(
     peaks: dict[int, torch.Tensor] = {}
 
     def scores(tasks: Sequence[int]) -> Values:
-        for aligned in walk():
+        for aligned in start_pass():
             for chunk in aligned.chunks(scratch):
                 total = chunk.total()
                 for task in tasks:
@@ -191,14 +220,14 @@ def _score(
 
 
 def _settle(
-    statistics: dict[int, list[OrderStatistic]], sweep: Callable[[Sequence[int]], Values]
+    statistics: dict[int, list[OrderStatistic]], values_of: Callable[[Sequence[int]], Values]
 ) -> dict[int, list[float]]:
-    """Sweep over the values of the tasks until each of their statistics has its answer."""
+    """Pass over the values of the tasks until each of their statistics has its answer."""
     answers: dict[int, list[float | None]] = {
         task: [None] * len(s) for task, s in statistics.items()
     }
     while waiting := [task for task in statistics if None in answers[task]]:
-        for task, values in sweep(waiting):
+        for task, values in values_of(waiting):
             for statistic, answer in zip(statistics[task], answers[task], strict=True):
                 if answer is None:
                     statistic.push(values)
@@ -211,7 +240,7 @@ def _settle(
 
 
 class Guess(TypedDict, total=False):
-    """Where an order statistic may lie, as :class:`~mergekit_pcb.ranks.OrderStatistic` takes it."""
+    """Where an order statistic may lie, as :class:`OrderStatistic` takes it."""
 
     low: float
     high: float

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_pcb.errors import PCBError
 
 if TYPE_CHECKING:
-    from mergekit_pcb.report import Report, TensorCounts
+    from mergekit_pcb.tools.counts import Report, TensorCounts
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -75,7 +74,7 @@ def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None
     Example: mergekit-pcb check pcb.yml
     """
     mergekit_pcb.register()
-    from mergekit_pcb import check
+    from mergekit_pcb.tools import check
 
     report = check.check(_text_of(config), _merge_options(options))
     if as_json:
@@ -102,7 +101,7 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
     Example: mergekit-pcb report pcb.yml -o report
     """
     mergekit_pcb.register()
-    from mergekit_pcb import figures, report
+    from mergekit_pcb.tools import figures, report
 
     figures.require_matplotlib()
     merge_options = _merge_options(options)
@@ -185,23 +184,14 @@ def search(
     Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
     """
     mergekit_pcb.register()
-    from mergekit_pcb import search
+    from mergekit_pcb.tools import search_files, search_job
 
-    if "{model}" not in command:
-        raise PCBError(
-            "evaluate", "the command does not name the model", "write {model} where its path goes"
-        )
-    if not -math.inf < bounds[0] < bounds[1] < math.inf:
-        what = f"{bounds[0]:g} and {bounds[1]:g} bound nothing to search"
-        raise PCBError("search", what, "give LOW HIGH, two numbers")
-    if not output.resolve().parent.is_dir():
-        raise PCBError(f"write {output}", "its folder does not exist", "name another file")
     try:
         document = yaml.safe_load(_text_of(config))
     except yaml.YAMLError as error:
         why = f"it is not YAML ({one_line(error)})"
         raise PCBError(f"read {config}", why, "correct it") from None
-    job = search.Job(
+    job = search_job.Job(
         document if isinstance(document, dict) else {},
         command,
         output,
@@ -213,9 +203,10 @@ def search(
         minimize,
         timeout,
     )
+    job.check()
     merge_options = _merge_options(options)
     with _explained(f"merge {config}"):
-        found = search.run(job, merge_options, resume=resume)
+        found = search_files.run(job, merge_options, resume=resume)
     best = found.best
     if best is None:
         raise PCBError(
@@ -243,16 +234,15 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     """Measure the statistics that a merge with `scope: model` needs, without merging.
 
     CONFIG is a configuration for mergekit-yaml or mergekit-pytorch. With `statistics: FILE` in
-    it, merges take the measured document instead of walking over the checkpoints again, so
+    it, merges take the measured document instead of reading the checkpoints twice more, so
     lambda and weight can be swept cheaply. OPTIONS are mergekit's own, such as --cuda,
     --lora-merge-cache DIR or --quiet.
 
     Example: mergekit-pcb measure pcb.yml -o statistics.json
     """
     mergekit_pcb.register()
-    import torch
-
-    from mergekit_pcb import checkpoints, whole_model
+    from mergekit_pcb.host import planning, whole_model
+    from mergekit_pcb.host.inputs import Inputs
 
     target = output.resolve()
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
@@ -263,16 +253,15 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
         raise PCBError(f"write {output}", "it is no ordinary file", "name another")
     merge_options = _merge_options(options)
     with _explained(f"measure {config}", "correct it, or the options"):
-        device = torch.device(merge_options.device)
-        plan = checkpoints.plan_without_merging(_text_of(config), merge_options)
-    document = whole_model.measure_to_document(plan, device, quiet=merge_options.quiet)
+        plan = planning.plan_without_merging(_text_of(config), merge_options)
+        document = whole_model.measure_to_document(Inputs(plan))
     try:
         document.write(output)
     except OSError as error:
         raise PCBError(f"write {output}", str(error.strerror), "name another file") from None
     click.echo(
         f"{output}: {document.tensors} tensors, {document.elements} elements, "
-        f"{document.walks} reads of each checkpoint"
+        f"{document.reads} reads of each checkpoint"
     )
 
 
@@ -301,7 +290,7 @@ def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
 
     Example: mergekit-pcb identity-adapter adapters/a -o identity.safetensors
     """
-    from mergekit_pcb import adapters
+    from mergekit_pcb.tools import adapters
 
     if output.suffix != ".safetensors":
         raise PCBError(
@@ -334,7 +323,7 @@ def demo(directory: pathlib.Path, base_steps: int | None, expert_steps: int | No
 
     Example: mergekit-pcb demo demo
     """
-    from mergekit_pcb import demo
+    from mergekit_pcb.tools import demo
 
     given = {"base_steps": base_steps, "expert_steps": expert_steps}
     schedule = demo.Schedule(**{name: steps for name, steps in given.items() if steps})

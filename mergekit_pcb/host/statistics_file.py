@@ -1,4 +1,4 @@
-"""The document that `mergekit-pcb measure` leaves: statistics of a whole model, as plain JSON.
+"""The file that `mergekit-pcb measure` leaves: statistics of a whole model, as plain JSON.
 
 It is validated, never executed, and says enough about what was measured that a merge it does
 not fit can refuse it.
@@ -17,12 +17,11 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
-from mergekit_pcb import dare
-from mergekit_pcb.balance import Balance
-from mergekit_pcb.dare import Dare
+from mergekit_pcb.core.dare import Dare
+from mergekit_pcb.core.formulas import Balance
+from mergekit_pcb.core.measure import Recipe, Statistics
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
-from mergekit_pcb.statistics import Recipe, Statistics
 
 
 class _Strict(BaseModel):
@@ -83,7 +82,7 @@ class Task(Checkpoint):
 class Document(_Strict):
     """Everything that determines the statistics, and the statistics."""
 
-    format: Literal["mergekit-pcb statistics, version 1"]
+    format: Literal["mergekit-pcb statistics, version 2"]
     versions: dict[str, str]
     clip: FiniteFloat
     #: Which elements DARE kept; null where it was off for all tasks.
@@ -96,7 +95,7 @@ class Document(_Strict):
     tensors: NonNegativeInt
     elements: NonNegativeInt
     #: How often each checkpoint was read for this.
-    walks: NonNegativeInt
+    reads: NonNegativeInt
     #: Digest of the names and sizes of the tensors, and of where in each input they come from.
     layout: str
     #: Digest of everything above.
@@ -104,16 +103,17 @@ class Document(_Strict):
 
     def statistics(self) -> Statistics:
         balances = [Balance(t.low, t.high, t.threshold, t.peak) for t in self.tasks]
-        return Statistics(
-            tuple(balances), self._dare(), getattr(torch, self.arithmetic), len(balances)
-        )
+        dtype = getattr(torch, self.arithmetic)
+        return Statistics(tuple(balances), self.recipe().dare, dtype, len(balances))
 
     def recipe(self) -> Recipe:
-        return Recipe(tuple(task.density for task in self.tasks), self.clip, self._dare())
-
-    def _dare(self) -> tuple[Dare | None, ...]:
-        densities = [task.dare_density for task in self.tasks]
-        return dare.plan(densities, self.seed or 0, range(len(densities)))
+        return Recipe.of(
+            [task.density for task in self.tasks],
+            self.clip,
+            [task.dare_density for task in self.tasks],
+            self.seed or 0,
+            range(len(self.tasks)),
+        )
 
     def write(self, path: pathlib.Path) -> None:
         """Write all of the document or none of it."""
@@ -131,14 +131,14 @@ class Wanted:
 
 
 def compose(
-    statistics: Statistics, wanted: Wanted, *, tensors: int, elements: int, walks: int
+    statistics: Statistics, wanted: Wanted, *, tensors: int, elements: int, reads: int
 ) -> Document:
     """Compose the document of what was measured."""
     base, *tasks = [Checkpoint.of(model, files) for model, files in wanted.models]
     recipe = wanted.recipe
     seeds = {mask.seed for mask in recipe.dare if mask is not None}
     document = Document(
-        format="mergekit-pcb statistics, version 1",
+        format="mergekit-pcb statistics, version 2",
         versions=_versions(),
         clip=recipe.clip,
         seed=seeds.pop() if seeds else None,
@@ -162,7 +162,7 @@ def compose(
         ],
         tensors=tensors,
         elements=elements,
-        walks=walks,
+        reads=reads,
         layout=wanted.layout,
         checksum="",
     )

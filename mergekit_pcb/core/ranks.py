@@ -3,7 +3,7 @@
 An :class:`OrderStatistic` watches a stream go by, keeping only the values strictly between
 two fences and counting the rest, so its answer depends on the multiset of values alone:
 not on how the stream is cut, in which order it comes, or on how good the fences were.
-Bad fences cost another sweep over the stream, never a wrong answer.
+Bad fences cost another pass over the stream, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 # Values held before the fences are drawn closer; doubled while the rank allows no closer ones.
 POOL_ELEMENTS = 1 << 17
 # Values held at the very most (16 MiB), then counted by bit pattern instead. Up to 2·10^10
-# parameters the tails at the default clip fit into half of it, and take no sweep of their own.
+# parameters the tails at the default clip fit into half of it, and take no pass of their own.
 LARGEST_POOL = 1 << 22
 # Cells of such a count: 8 MiB, and one cell per float32 pattern between close fences.
 CELLS = 1 << 20
@@ -29,8 +29,8 @@ class OrderStatistic:
     ``low`` and ``high`` are a guess strictly between which the answer may lie (``None``: no
     guess; :func:`neighbour` widens one by a step). Call :meth:`push` with every part of the
     stream, then :meth:`settle`; while that returns ``None``, stream the same values again (a
-    *sweep*). Values must not be NaN. ``tied`` says that many values may equal ``low`` and
-    be the answer: one more count then spares the sweep that would find out.
+    *pass*). Values must not be NaN. ``tied`` says that many values may equal ``low`` and
+    be the answer: one more count then spares the pass that would find out.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class OrderStatistic:
         self._open(low, high, tied=tied)
 
     def _open(self, low: float | None, high: float | None, *, tied: bool = False) -> None:
-        """Make ready for a sweep between these fences."""
+        """Make ready for a pass between these fences."""
         self.low, self.high = low, high
         self._tied = tied
         self._below: int | torch.Tensor = 0  # values < low, counted if tied
@@ -80,9 +80,9 @@ class OrderStatistic:
         self._keep(stream + 0.0 if inside is None else stream[inside])
 
     def settle(self) -> float | None:
-        """The answer after a whole sweep, or ``None`` if it takes another sweep."""
+        """The answer after a whole pass, or ``None`` if it takes another."""
         if self._seen != self.count:
-            raise ValueError(f"a sweep brought {self._seen} values where {self.count} were due")
+            raise ValueError(f"a pass brought {self._seen} values where {self.count} were due")
         rank = self.rank - int(self._at_most)
         if rank < 0 and self.low is not None:
             if self._at_least_low or (self._tied and self.rank >= int(self._below)):

@@ -16,7 +16,7 @@ differ. All of it is exact in integers, so it is the same on every device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -83,7 +83,7 @@ def key(seed: int, task: int, tensor: str, block: int) -> tuple[int, int]:
     return addend & ~1, factor | 1
 
 
-@lru_cache(maxsize=4096)  # a tensor is walked over three times
+@lru_cache(maxsize=4096)  # three passes over a tensor
 def _keys(
     seed: int, task: int, tensor: str, first: int, blocks: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
@@ -91,14 +91,6 @@ def _keys(
     pairs = [key(seed, task, tensor, block) for block in range(first, first + blocks)]
     columns = torch.tensor(pairs, dtype=torch.int32, device=device)
     return (columns[:, :1], columns[:, 1:]) if blocks > 1 else (columns[0, 0], pairs[0][1])
-
-
-def plan(densities: Sequence[float], seed: int, tasks: Sequence[int]) -> tuple[Dare | None, ...]:
-    """What is done to each of the tasks at these positions; nothing at density 1."""
-    return tuple(
-        Dare(density, seed, task) if density < 1 else None
-        for density, task in zip(densities, tasks, strict=True)
-    )
 
 
 @lru_cache(maxsize=16)

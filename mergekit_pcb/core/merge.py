@@ -1,4 +1,4 @@
-"""The merging walk: measured statistics and coefficients to merged values, chunk by chunk.
+"""Measured statistics and coefficients to merged values, chunk by chunk.
 
 The result is linear in the coefficients; what each of them multiplies is a *contribution*.
 """
@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mergekit_pcb.balance import (
+from mergekit_pcb.core.formulas import (
     SMALLEST_DIVISOR,
     magnitude,
     rescale_,
     score,
     signed_,
 )
-from mergekit_pcb.statistics import OutOfRangeError, Statistics
-from mergekit_pcb.task_vectors import Aligned, Chunk, Scratch, chunk_elements
+from mergekit_pcb.core.measure import OutOfRangeError, Statistics
+from mergekit_pcb.core.vectors import Aligned, Chunk, Scratch, chunk_elements
 
 
 def merge(
@@ -27,7 +27,7 @@ def merge(
 
     The result is linear in ``weights`` (they do not enter the divisor) and has the base's
     dtype; elements no task weighs keep the base's bits. Raises
-    :class:`~mergekit_pcb.statistics.OutOfRangeError` where that dtype cannot hold the result.
+    :class:`~mergekit_pcb.core.measure.OutOfRangeError` where that dtype cannot hold the result.
     """
     competing = _competing(statistics)
     if not competing or scale == 0:

@@ -1,7 +1,7 @@
 """Aligned tensors and the task vectors between them, thinned by DARE and cut into chunks.
 
 A result never depends on where a tensor is cut; whatever looks beyond one chunk belongs
-to ``statistics.py``.
+to ``measure.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mergekit_pcb.dare import Dare
+from mergekit_pcb.core.dare import Dare
 
 # Bounds full-precision scratch independently of the size of a tensor, and keeps a chunk's
 # handful of temporaries in the caches of a CPU (1 MiB each in float32).
@@ -24,7 +24,7 @@ CPU_THREADS_PER_CHUNK = 8
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 # A chunk's task vectors are needed twice, for their sum and for themselves. So many are
 # computed once; with more tasks the memory would matter more than the subtraction.
-HELD_TASK_VECTORS = 8
+KEPT_TASK_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Aligned:
         return self.base.numel()
 
     def chunks(self, scratch: Scratch) -> Iterator[Chunk]:
-        """Walk over all elements in order, with arithmetic in the precision of ``scratch``."""
+        """Cut all elements into chunks, in order; arithmetic is in the precision of ``scratch``."""
         step = chunk_elements(self.base.device)
         for start in range(0, len(self), step):
             base = self.base[start : start + step]
@@ -85,7 +85,7 @@ class Chunk:
         would be rounded (7–12 % of the merged delta's norm). Whatever a caller keeps in the
         buffers of :meth:`Scratch.passing` is lost.
         """
-        if index >= HELD_TASK_VECTORS:
+        if index >= KEPT_TASK_VECTORS:
             return self._subtract(index, self.scratch("task vector", self.base))
         tau = self.scratch(f"task vector {index}", self.base)
         if index not in self._computed:
@@ -160,7 +160,7 @@ def chunk_elements(device: torch.device) -> int:
 def scratch_chunks(tasks: int) -> int:
     """How many buffers of a chunk's length measuring and merging use at most."""
     named = 10  # see the names given to Scratch
-    return named + min(tasks, HELD_TASK_VECTORS) + (tasks > HELD_TASK_VECTORS)
+    return named + min(tasks, KEPT_TASK_VECTORS) + (tasks > KEPT_TASK_VECTORS)
 
 
 def promoted(tensors: Iterable[torch.Tensor]) -> torch.dtype:

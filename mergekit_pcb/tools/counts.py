@@ -1,31 +1,20 @@
-"""What the competition of a merge looked like: counted tensor by tensor, written as a page.
+"""What the competition of a merge is, counted tensor by tensor and chunk by chunk.
 
-Nothing is merged to disk. Every tensor is measured and taken apart as the merge would, chunk by
-chunk; what is kept of it are a few numbers. Counts, sums and norms here, pictures in
-``figures.py``.
+What is kept of a tensor are a few numbers that can be added up: by layer, kind and task.
 """
 
 from __future__ import annotations
 
-import csv
-import math
-import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from pydantic import BaseModel
-from tqdm import tqdm
 
-import mergekit_pcb
-from mergekit_pcb import checkpoints, merging
-from mergekit_pcb.errors import PCBError
-from mergekit_pcb.files import write_text, written_whole
-from mergekit_pcb.method import observed
-from mergekit_pcb.statistics import Statistics
-from mergekit_pcb.task_vectors import Aligned, Scratch
+from mergekit_pcb.core.merge import parts_of
+from mergekit_pcb.core.vectors import Scratch
+from mergekit_pcb.host.method import Prepared
 
 #: The row of tensors that belong to no layer.
 NO_LAYER = "other"
@@ -148,33 +137,27 @@ def _layer_order(layer: str) -> tuple[bool, str, int]:
 
 
 @dataclass
-class _Counter:
+class Counter:
     """Counts tensors as they are merged."""
 
     tasks: int
     found: dict[str, TensorCounts] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        aligned: Aligned,
-        statistics: Statistics,
-        positions: Sequence[int],
-        weights: Sequence[float],
-        scale: float,
-    ) -> None:
+    def __call__(self, tensor: Prepared) -> None:
+        aligned, statistics, positions = tensor.aligned, tensor.statistics, tensor.positions
         counts = TensorCounts.empty(self.tasks)
         counts.tensors, counts.elements = 1, len(aligned)
         thinned = aligned.under(statistics.dare)
         for chunk in thinned.chunks(Scratch.of_thread(statistics.dtype)):
             taus = [chunk.task_vector(i).clone() for i in range(len(positions))]
             rows = chunk.base.new_empty((len(positions), len(chunk.base)))
-            parts = merging.parts_of(chunk, statistics, out=rows)
+            parts = parts_of(chunk, statistics, out=rows)
             kept = torch.stack([part != 0 for part in parts])
             changed = torch.stack([tau != 0 for tau in taus])
             counts.base_sq += _squares(chunk.base)
             merged = torch.zeros_like(chunk.base)
             for row, position in enumerate(positions):
-                own, part = counts.tasks[position], parts[row] * scale * weights[row]
+                own, part = counts.tasks[position], parts[row] * tensor.scale * tensor.weights[row]
                 merged += part
                 own.add_numbers(
                     TaskCounts(
@@ -212,127 +195,3 @@ def _conflicts(signs: Sequence[torch.Tensor]) -> tuple[int, int]:
     up = torch.stack([sign > 0 for sign in signs]).sum(0)
     down = torch.stack([sign < 0 for sign in signs]).sum(0)
     return int((up + down >= 2).sum()), int(((up > 0) & (down > 0)).sum())
-
-
-def observe(configuration: str, options: Any) -> Report:
-    """Count over a whole configuration; shows a progress bar on a terminal, unless quiet."""
-    plan = checkpoints.plan_without_merging(configuration, options)
-    counter = _Counter(len(plan.models))
-    with (
-        observed(counter),
-        tqdm(
-            total=len(plan.tasks),
-            desc="Looking at the merge",
-            unit="tensor",
-            disable=True if options.quiet else None,
-        ) as bar,
-    ):
-        for _ in plan.execute(options.device):
-            bar.update()
-    if not counter.found:
-        raise PCBError(
-            "report on this merge", "no tensor of it is merged by pcb", "check the configuration"
-        )
-    return Report(
-        version=mergekit_pcb.__version__,
-        configuration=configuration,
-        scope=plan.tasks[0].parameters["scope"],
-        tasks=_short([str(model) for model in plan.models]),
-        tensors=counter.found,
-    )
-
-
-def _short(models: Sequence[str]) -> list[str]:
-    """The last parts of paths, where they tell the models apart."""
-    for depth in (1, 2):
-        names = ["/".join(pathlib.PurePath(m.split("+")[-1]).parts[-depth:]) for m in models]
-        if len(set(names)) == len(names):
-            return names
-    return list(models)
-
-
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "–"
-
-
-def summary(report: Report) -> list[list[str]]:
-    """The table for a terminal: a heading, and a row per task."""
-    total = report.total()
-    rows = [
-        ["task", "changed", "kept", "share of merge", "norm of task vector", "of what is merged"]
-    ]
-    for number, (name, own) in enumerate(zip(report.tasks, total.tasks, strict=True)):
-        rows.append(
-            [
-                name,
-                percent(own.changed, total.elements),
-                percent(own.kept, total.elements),
-                percent(total.share(number), 1),
-                f"{math.sqrt(own.task_vector_sq):.4g}",
-                f"{math.sqrt(own.merged_sq):.4g}",
-            ]
-        )
-    return rows
-
-
-def remarks(report: Report) -> list[str]:
-    """What there is to say of all tasks together."""
-    total = report.total()
-    alone, together = total.kept_by[1], sum(total.kept_by[2:])
-    return [
-        f"{percent(total.kept_by[0], total.elements)} of all elements keep the base's value, "
-        f"{percent(alone, total.elements)} come from one task, "
-        f"{percent(together, total.elements)} from several",
-        f"signs conflict in {percent(total.conflicts_before, total.met_before)} of the elements "
-        "that several tasks change, and in "
-        f"{percent(total.conflicts_after, total.met_after)} of those that several keep",
-        f"the merged task vector has norm {math.sqrt(total.merged_sq):.4g}, the base "
-        f"{math.sqrt(total.base_sq):.4g}; {total.unchanged} of {total.tensors} tensors are "
-        "unchanged",
-    ]
-
-
-def write(report: Report, page: str, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write report.html, report.json and tensors.csv into a folder, each whole or not at all."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        html, data, table = (folder / n for n in ("report.html", "report.json", "tensors.csv"))
-        write_text(html, page)
-        write_text(data, report.model_dump_json(indent=1) + "\n")
-        with (
-            written_whole(table) as unfinished,
-            unfinished.open("w", encoding="utf-8", newline="") as rows,
-        ):
-            csv.writer(rows).writerows(csv_rows(report))
-    except OSError as error:
-        raise PCBError(f"write {folder}", str(error.strerror), "name another folder") from None
-    return [html, data, table]
-
-
-def csv_rows(report: Report) -> Iterable[list[Any]]:
-    """A heading and a row per tensor and task; norms are Euclidean, shares from 0 to 1."""
-    yield [
-        "tensor", "layer", "kind", "elements", "task", "changed", "kept", "share_of_merge",
-        "task_vector_norm", "merged_norm", "tensor_merged_norm", "tensor_base_norm",
-        "conflicts_before", "met_before", "conflicts_after", "met_after",
-    ]  # fmt: skip
-    for name, counts in report.tensors.items():
-        for number, (task, own) in enumerate(zip(report.tasks, counts.tasks, strict=True)):
-            yield [
-                name,
-                layer_of(name),
-                kind_of(name),
-                counts.elements,
-                task,
-                own.changed,
-                own.kept,
-                counts.share(number),
-                math.sqrt(own.task_vector_sq),
-                math.sqrt(own.merged_sq),
-                math.sqrt(counts.merged_sq),
-                math.sqrt(counts.base_sq),
-                counts.conflicts_before,
-                counts.met_before,
-                counts.conflicts_after,
-                counts.met_after,
-            ]

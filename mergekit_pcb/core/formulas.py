@@ -3,7 +3,7 @@
 Source: Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024,
 arXiv 2410.02396, in the form of its released ``pcb-merging.py`` (commit 5897888), where
 paper and code differ. What needs the whole vector, four numbers per task, is an argument
-here (:class:`Balance`) and is found in ``statistics.py``.
+here (:class:`Balance`) and is found in ``measure.py``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The mathematics: which numbers, how far they reach. It knows torch and numpy, and no host."""

@@ -1,0 +1,118 @@
+"""What a user is told, once a merge, of settings that are allowed and hardly meant."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from mergekit_pcb.host.inputs import loaders
+from mergekit_pcb.host.parameters import density_remarks
+from mergekit_pcb.host.plan import Plan
+
+LOG = logging.getLogger(__name__)
+
+# What old checkpoints hold of causal masks and positions.
+BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "rotary_emb.inv_freq",
+    "position_ids",
+)
+
+
+def give(plan: Plan) -> None:
+    """Log every remark, unless the tool that planned prints them itself."""
+    if getattr(plan.options, "advise", True):
+        for remark in remarks(plan).values():
+            LOG.warning(remark)
+
+
+def remarks(plan: Plan) -> dict[str, str]:
+    """All there is to say of a plan, by topic."""
+    found = density_remarks(plan.values())
+    if said := _seed_remark(plan):
+        found["seed"] = said
+    if said := _left_out_remark(plan):
+        found["plan"] = said
+    return found
+
+
+def _seed_remark(plan: Plan) -> str:
+    """Masks that were applied before keep again what they kept once, and no more."""
+    drawn = {
+        values["seed"]
+        for values in plan.values()
+        if any(density < 1 for density in values["dare_density"].values())
+    }
+    for model, document in _merged_before(plan) if drawn else ():
+        earlier = document.get("parameters") or {}
+        seed, had_dare = earlier.get("seed", 0), "'dare_density'" in repr(document)
+        if document.get("merge_method") == "pcb" and had_dare and seed in drawn:
+            return (
+                f"{model} was itself merged under DARE with seed {seed}, so its elements are kept "
+                "and dropped by the same masks again; give each stage a seed of its own"
+            )
+    return ""
+
+
+def _merged_before(plan: Plan) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Models that mergekit made, and the configurations it left beside them."""
+    for model in plan.models if not plan.is_raw else ():
+        folder: Any = getattr(model, "model", None)
+        file = pathlib.Path(str(getattr(folder, "path", ""))) / "mergekit_config.yml"
+        try:
+            document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(document, dict):
+            yield model, document
+
+
+def _left_out_remark(plan: Plan) -> str:
+    names = left_out(plan)
+    more = ", …" if len(names) > 3 else ""
+    return (
+        f"mergekit leaves {len(names)} tensors of {plan.base} out of the result "
+        f"({', '.join(names[:3])}{more}); if the model needs them, see which command merges it in "
+        "the README of mergekit-pcb"
+        if names
+        else ""
+    )
+
+
+def left_out(plan: Plan) -> list[str]:
+    """Tensors of the base that mergekit leaves out of the result.
+
+    mergekit-pytorch leaves out what only the base has. In plans of mergekit-yaml layer numbers
+    are left aside, because slices may leave layers out on purpose, and the answer is empty
+    where mergekit fuses tensors, because only transformers knows which. Buffers that models
+    make anew do not count.
+    """
+    cache, key = loaders(plan, plan.base)
+    loader = cache.loaders.get(key)
+    if loader is None:
+        return []
+    present = loader.index.tensor_paths
+    if plan.is_raw:
+        return sorted(set(present) - {task.output_weight.name for task in plan.tasks})
+    planned: set[str] = set()
+    for task in plan.tasks:
+        load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        info = load.weight_info[task.base_model]
+        names = [info.name, *(info.aliases or ()), *(info.tied_names or ())]
+        if not info.optional and not any(name in present for name in names):
+            return []
+        planned |= {_kind(name) for name in names}
+    left = (name for name in present if _kind(name) not in planned)
+    return sorted(name for name in left if not name.endswith(BUFFERS))
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "N", name)

@@ -1,0 +1,86 @@
+"""From mergekit's group of tensors to an aligned one, and what is refused on the way.
+
+Where the mathematics knows positions, an error here names the model, the tensor and a remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from mergekit.merge_methods.base import TensorGroup
+
+from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
+from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.errors import PCBError
+
+
+def aligned(group: TensorGroup) -> Aligned:
+    """Flatten a group's tensors, all of one shape, dtype and device; the base has to be there."""
+    name = name_of(group)
+    base, tasks = group.base, group.non_base
+    if base is None or not tasks:
+        raise PCBError(
+            f"merge tensor {name}",
+            "it needs a base and at least one task",
+            "call the method with a base_index and two or more tensors",
+        )
+    if not base.tensor.is_floating_point():
+        raise PCBError(
+            f"merge tensor {name}",
+            f"it holds {base.tensor.dtype}, and task vectors need floating point",
+            "copy it from the base model instead",
+        )
+    return Aligned.of(name, base.tensor, [task.tensor for task in tasks])
+
+
+def name_of(group: TensorGroup) -> str:
+    return group.metadata.name or "(unnamed)"
+
+
+def check_shapes(group: TensorGroup) -> None:
+    """Refuse inputs of different shapes, naming both models; mergekit's own error names none."""
+    base = group.base
+    for task in group.non_base if base is not None else ():
+        if task.tensor.shape != base.tensor.shape:
+            raise PCBError(
+                f"merge tensor {group.metadata.name}",
+                f"it has shape {tuple(base.tensor.shape)} in {base.id} but "
+                f"{tuple(task.tensor.shape)} in {task.id}",
+                "align vocabularies with `tokenizer: {source: base}`"
+                if group.metadata.vocabulary_axis is not None
+                else "merge only models fine-tuned from this base",
+            )
+
+
+def explained_for(
+    group: TensorGroup, *, of_whole_model: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """:func:`explained` for the models of a group."""
+    base = group.base
+    dtype = None if base is None or of_whole_model else base.tensor.dtype
+    tasks = [task.id for task in group.non_base]
+    return explained(dtype, None if base is None else base.id, tasks)
+
+
+@contextlib.contextmanager
+def explained(
+    dtype: torch.dtype | None, base: Hashable, tasks: Sequence[Hashable]
+) -> Iterator[None]:
+    """Name the model and what to do where the mathematics knows only positions."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise PCBError(
+            f"merge tensor {error.tensor}",
+            f"{base if error.task is None else tasks[error.task]} holds NaN or infinity in it",
+            "repair or replace that checkpoint (or, if it is sound, set a `dtype:` wide enough for "
+            "its values)",
+        ) from None
+    except OutOfRangeError as error:
+        raise PCBError(
+            f"merge tensor {error.tensor}",
+            f"its values do not fit into {dtype or torch.float64}",
+            "lower lambda or the weights, or set a wider `dtype:`",
+        ) from None

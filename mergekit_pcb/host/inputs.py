@@ -1,0 +1,195 @@
+"""Where tensors come from: the loading half of a plan, run ahead of the merge.
+
+Tensors arrive as the merge will get them: cast, cut into slices, vocabularies aligned, LoRAs
+merged, heads tied. Also the files they lie in, and which of them make which of the output.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.graph import Executor, TaskHandle, TaskUniverse
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import TokenizerInfo
+
+from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.host.groups import aligned
+from mergekit_pcb.host.plan import Plan
+
+Tensors = Mapping[Any, torch.Tensor | None]
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Elements of one tensor, bytes of it in all inputs, and whether any is float64."""
+
+    elements: int
+    nbytes: int
+    wide: bool
+
+
+class Inputs:
+    """What a plan reads.
+
+    ``tokenizer`` is the result of the plan's tokenizer task, where that has run already.
+    """
+
+    def __init__(self, plan: Plan, tokenizer: TokenizerInfo | None = None) -> None:
+        self.plan = plan
+        self._tokenizer = tokenizer
+
+    def tensors(self, device: torch.device) -> Iterator[Aligned]:
+        """Load every tensor that the base and all models have in one shape, one at a time.
+
+        The order is mergekit's own loading order.
+        """
+        for task, tensors in self._load([t.gather_tensors for t in self.plan.tasks], device):
+            if self._takes_part(task, tensors):
+                yield aligned(group_of(task, tensors))
+
+    def shapes(self) -> Iterator[tuple[ExecuteMergeMethodTask, Tensors]]:
+        """Every planned tensor as the inputs have it, before casts; for shapes and dtypes.
+
+        Safetensors files are mapped, not read, for this.
+        """
+        loads = [_without_cast(task.gather_tensors) for task in self.plan.tasks]
+        return self._load(loads, torch.device("cpu"))
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        """How large each tensor is that takes part in a whole model, by its name in the output."""
+        return self._sizes_and_rest[0]
+
+    @property
+    def left_aside(self) -> list[str]:
+        """Floating-point tensors that take no part, because not every input has them alike."""
+        return self._sizes_and_rest[1]
+
+    @functools.cached_property
+    def _sizes_and_rest(self) -> tuple[dict[str, Size], list[str]]:
+        sizes: dict[str, Size] = {}
+        rest = []
+        for task, tensors in self.shapes():
+            name, present = task.output_weight.name, _present(tensors)
+            if self._takes_part(task, tensors):
+                sizes[name] = Size(
+                    present[0].numel(),
+                    sum(tensor.nbytes for tensor in present),
+                    any(tensor.dtype == torch.float64 for tensor in present),
+                )
+            elif all(tensor.is_floating_point() for tensor in present):
+                rest.append(name)
+        return sizes, rest
+
+    def _takes_part(self, task: ExecuteMergeMethodTask, tensors: Tensors) -> bool:
+        present = _present(tensors)
+        return (
+            len(present) == len(task.model_order)
+            and all(tensor.is_floating_point() for tensor in present)
+            and len({tensor.shape for tensor in present}) == 1
+        )
+
+    def _load(
+        self, loads: Sequence[Any], device: torch.device
+    ) -> Iterator[tuple[ExecuteMergeMethodTask, Tensors]]:
+        waiting: dict[Any, list[ExecuteMergeMethodTask]] = {}
+        for task, load in zip(self.plan.tasks, loads, strict=True):
+            waiting.setdefault(load, []).append(task)
+        universe = TaskUniverse(waiting)
+        known: dict[TaskHandle, Any] = {}
+        tokenizer = self.plan.tokenizer
+        if tokenizer is not None and self._tokenizer is not None:
+            known[universe.add_task(tokenizer)] = self._tokenizer
+        targets = [universe.add_task(load) for load in waiting]
+        executor = Executor(targets, math_device=device, storage_device=device, cached_values=known)
+        for load, tensors in executor.run(quiet=True):
+            for task in waiting[load]:
+                yield task, tensors
+
+    def files(self, model: Any) -> list[pathlib.Path]:
+        """The files that are read of a model: shards, and a tokenizer that is aligned."""
+        cache, key = loaders(self.plan, model)
+        index = cache.get(key).index
+        folder = pathlib.Path(index.base_path)
+        names = [shard.filename for shard in index.shards]
+        if self.plan.tokenizer is not None:
+            names += [name for name in TOKENIZER_FILES if (folder / name).exists()]
+        return [folder / name for name in sorted(names)]
+
+    def layout(self) -> Iterable[str]:
+        """Which tensors of the inputs make which of the output, a line each, sorted by name."""
+        models = (self.plan.base, *self.plan.models)
+        loads = {task.output_weight.name: task.gather_tensors for task in self.plan.tasks}
+        for name in sorted(self.sizes):
+            load: Any = loads[name]
+            how = _vocabulary(load, models)
+            infos = getattr(getattr(load, "gather_tensors", load), "weight_info", None)
+            sources = [infos[model].name for model in models] if infos is not None else []
+            yield json.dumps([name, self.sizes[name].elements, sources, how])
+
+
+def group_of(task: ExecuteMergeMethodTask, tensors: Tensors) -> TensorGroup:
+    """The group that mergekit will make of a planned tensor, without models that lack it."""
+    entries = [
+        TensorEntry(id=model, tensor=tensor, is_base=model == task.base_model)
+        for model in task.model_order
+        if (tensor := tensors.get(model)) is not None
+    ]
+    return TensorGroup(tuple(entries), TensorMetadata.from_weight_info(task.output_weight))
+
+
+def loaders(plan: Plan, model: Any) -> tuple[Any, Any]:
+    """The cache of mergekit's loaders for a plan, and what it calls a model."""
+    if plan.is_raw:
+        from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+        return SimpleLoaderCache(), model.model.path
+    return LoaderCache(), model
+
+
+def _present(tensors: Tensors) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors.values() if tensor is not None]
+
+
+def _vocabulary(load: Any, models: Sequence[Any]) -> str:
+    """How a loading task aligns vocabularies, the inputs named by their position."""
+    if not hasattr(load, "gather_tensors"):
+        return ""
+    task, tokens = getattr(load, "tokenizer_task", None), getattr(load, "tokens", None)
+    parts = [
+        getattr(load, "vocabulary_axis", None),
+        getattr(load, "pad_to_multiple_of", None),
+        sorted((token, repr(how)) for token, how in tokens.items()) if tokens else None,
+        (repr(task.tokenizer_source), task.add_tokens) if task is not None else None,
+    ]
+    text = f"{type(load).__name__} {parts}"
+    for position, model in enumerate(models):
+        text = text.replace(repr(model), f"model {position}")
+    return text
+
+
+def _without_cast(load: Any) -> Any:
+    """The same loading without casts to the merge's dtype, which would read the data."""
+    if hasattr(load, "gather_tensors"):
+        return load.model_copy(update={"gather_tensors": _without_cast(load.gather_tensors)})
+    if hasattr(load, "tensors"):
+        items = {model: _without_cast(inner) for model, inner in load.tensors.items()}
+        return type(load)(tensors=items)
+    return load.model_copy(update={"dtype": None}) if hasattr(load, "dtype") else load

@@ -1,0 +1,93 @@
+"""Our nodes of mergekit's graph: one per tensor that ``pcb`` merges, one that measures.
+
+They stand where the planner put its own. What a tensor's merge has to know beyond the tensor
+reaches it as an argument, so mergekit's executors decide when, where and in which thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mergekit.common import ImmutableMap
+from mergekit.graph import Task
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from pydantic import ConfigDict
+
+from mergekit_pcb.core.rules import MODEL
+from mergekit_pcb.host.groups import check_shapes
+from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
+from mergekit_pcb.host.method import KNOWN, Known
+from mergekit_pcb.host.plan import Plan, models_of
+from mergekit_pcb.host.whole_model import Measured, statistics_of
+
+#: Above the 10,000 of the node that creates the output folder: measuring may yet refuse.
+FIRST = 20_000
+_OF_A_PLAN = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+
+class MeasureModel(Task[Measured]):
+    """The statistics of a whole model, measured once, before anything is written.
+
+    It has no tensors for arguments, or the graph would keep the whole model: it reads the
+    inputs by itself, as often as measuring takes.
+    """
+
+    model_config = _OF_A_PLAN
+    plan: Plan
+    tokenizer: BuildTokenizer | None
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        return {} if self.tokenizer is None else {"tokenizer": self.tokenizer}
+
+    def execute(self, tokenizer: TokenizerInfo | None = None, **_kwargs: Any) -> Measured:
+        return statistics_of(Inputs(self.plan, tokenizer))
+
+    def priority(self) -> int:
+        return FIRST
+
+    def main_thread_only(self) -> bool:
+        """Before the accelerators start; else all tensors would wait on one of them."""
+        return True
+
+
+# The second base is what mergekit-evolve's in-memory plans ask for.
+class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
+    """One planned tensor, together with the plan it belongs to."""
+
+    model_config = _OF_A_PLAN
+    plan: Plan
+    measuring: MeasureModel | None
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        more = {} if self.measuring is None else {"measured": self.measuring}
+        return {**super().arguments(), **more}
+
+    def execute(
+        self, tensors: Tensors, measured: Measured | None = None, **_kwargs: Any
+    ) -> torch.Tensor | None:
+        check_shapes(group_of(self, tensors))
+        known = Known(
+            models_of(self),
+            measured.statistics if measured else None,
+            self.output_weight.name in measured.names if measured else False,
+            getattr(self.plan.options, "observe", None),
+        )
+        parameters = ImmutableMap({**dict(self.parameters.items()), KNOWN: known})
+        planned = self.model_copy(update={"parameters": parameters})
+        merged: torch.Tensor | None = super(MergeTensor, planned).execute(tensors)
+        return merged
+
+
+def nodes_of(plan: Plan) -> list[MergeTensor]:
+    """A node for every tensor of a plan, in its order."""
+    measuring = MeasureModel(plan=plan, tokenizer=plan.tokenizer) if plan.scope == MODEL else None
+    return [
+        MergeTensor.model_construct(
+            **{name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields},
+            plan=plan,
+            measuring=measuring,
+        )
+        for task in plan.tasks
+    ]

@@ -1,0 +1,126 @@
+"""The plan: what mergekit is about to merge by ``pcb``, as its planner left it.
+
+mergekit hands a method one tensor at a time. What it will hand over, in which shape and from
+which models, stands in the tasks that its planner makes. A plan holds those of one merge and
+refuses what would make "the whole model" ambiguous. It reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from mergekit.common import get_torch_accelerator_type
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import BuildTokenizer
+
+from mergekit_pcb.core.measure import Recipe
+from mergekit_pcb.core.rules import MODEL
+from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.method import Prepared
+from mergekit_pcb.host.parameters import SPECS, Values, one_recipe, recipe_of, scope_of
+
+
+class PlanOptions(MergeOptions):
+    """mergekit's options, and what a tool of this package asks of a plan beyond them."""
+
+    #: Is shown every tensor before it is merged.
+    observe: Callable[[Prepared], None] | None = None
+    #: Whether to log advice; a tool that prints it itself says no.
+    advise: bool = True
+
+    @classmethod
+    def of(cls, options: MergeOptions, **more: Any) -> PlanOptions:
+        return cls(**{**options.model_dump(), **more})
+
+
+class Plan:
+    """The tensors of one merge, in the order of planning; equal to itself alone.
+
+    ``tasks`` are mergekit's own, one per tensor of the output and at least one.
+    """
+
+    def __init__(self, tasks: Sequence[ExecuteMergeMethodTask], options: MergeOptions) -> None:
+        self.tasks = tuple(tasks)
+        self.options = options
+        named = [(task.output_weight.name, values_of(task)) for task in self.tasks]
+        self.scope = scope_of(named)
+        #: Of the whole model; ``None`` where every tensor has its own.
+        self.recipe: Recipe | None = None
+        if self.scope == MODEL:
+            self._check_models()
+            recipes = [(name, recipe_of(values, self.models)) for name, values in named]
+            self.recipe = one_recipe(recipes)
+        self.statistics_file = str(self.tasks[0].parameters["statistics"])
+
+    @property
+    def base(self) -> Hashable:
+        found: Hashable = self.tasks[0].base_model
+        return found
+
+    @property
+    def models(self) -> tuple[Hashable, ...]:
+        """The tasks' models in configuration order, without the base."""
+        return models_of(self.tasks[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the merge computes; of several accelerators the first."""
+        if self.options.multi_gpu:
+            return torch.device(get_torch_accelerator_type(), 0)
+        return torch.device(self.options.device)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that inputs are cast to, if the configuration names one."""
+        load: Any = self.tasks[0].gather_tensors
+        while not hasattr(load, "dtype"):
+            load = (
+                load.gather_tensors
+                if hasattr(load, "gather_tensors")
+                else next(iter(load.tensors.values()))
+            )
+        return getattr(torch, load.dtype.removeprefix("torch.")) if load.dtype else None
+
+    @property
+    def tokenizer(self) -> BuildTokenizer | None:
+        """The task that aligns vocabularies, if the configuration asks for it."""
+        found = (getattr(task.gather_tensors, "tokenizer_task", None) for task in self.tasks)
+        return next((task for task in found if task is not None), None)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it is mergekit-pytorch's, of single files."""
+        return hasattr(self.tasks[0].gather_tensors, "tensors")
+
+    def values(self) -> Iterator[Values]:
+        return map(values_of, self.tasks)
+
+    def _check_models(self) -> None:
+        first = self.tasks[0]
+        for task in self.tasks:
+            if (task.model_order, task.base_model) != (first.model_order, first.base_model):
+                raise PCBError(
+                    "use scope: model",
+                    f"slices merge different models ({task.output_weight.name} others than "
+                    f"{first.output_weight.name}), so there is no one model to rank",
+                    "give every slice the same models, or use scope: tensor",
+                )
+
+
+def models_of(task: ExecuteMergeMethodTask) -> tuple[Hashable, ...]:
+    """The models of a planned tensor in configuration order, without the base."""
+    return tuple(model for model in task.model_order if model != task.base_model)
+
+
+def values_of(task: ExecuteMergeMethodTask) -> Values:
+    """The resolved parameters of a planned tensor: shared ones, and those of the tasks by model."""
+    shared = dict(task.parameters.items())
+    own = {
+        name: {model: task.input_parameters[model][name] for model in models_of(task)}
+        for name in SPECS
+        if name not in shared
+    }
+    return {**shared, **own}

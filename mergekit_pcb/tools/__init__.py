@@ -1,0 +1,1 @@
+"""What users run and call around a merge: commands, check, report, search, AdaMerging, demo."""

@@ -1,0 +1,214 @@
+"""What a merge would do, found before anything is read at length.
+
+The text of a configuration is checked in ``check_text.py``. Here its merge is planned, and
+shapes and dtypes of the inputs are looked at, never values.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+import yaml
+from mergekit.merge_methods.buffers import copy_non_floating_buffer
+from pydantic import BaseModel
+
+from mergekit_pcb.core.rules import MODEL
+from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, working_dtype
+from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
+from mergekit_pcb.host import advice, whole_model
+from mergekit_pcb.host.groups import check_shapes
+from mergekit_pcb.host.inputs import Inputs, group_of
+from mergekit_pcb.host.method import PCBMerge
+from mergekit_pcb.host.plan import Plan, PlanOptions
+from mergekit_pcb.host.planning import plan_without_merging
+from mergekit_pcb.tools.check_text import Findings, check_document, dtype_of, entries, filters
+
+
+class Outlook(BaseModel):
+    """What the merge would do; sizes are in bytes."""
+
+    scope: str
+    tasks: int
+    tensors: int
+    elements: int
+    #: Of all checkpoints together, once.
+    input_bytes: int
+    #: How often each checkpoint is read: by measuring (``scope: model``) and by the merge.
+    reads: int
+    output_bytes: int
+    #: Inputs, result and working memory of the tensor that needs most, and its name.
+    peak_bytes: int
+    largest: str
+
+
+class Report(Findings):
+    """Everything found; there is an outlook unless errors stand in its way."""
+
+    outlook: Outlook | None = None
+
+
+def check(text: str, options: Any) -> Report:
+    """Check a configuration of mergekit-yaml, mergekit-pytorch or mergekit-multi.
+
+    ``options`` are mergekit's ``MergeOptions``. Stages of mergekit-multi are checked
+    as texts only, because the models that earlier stages make do not exist yet.
+    """
+    report = Report()
+    try:
+        documents = [d for d in yaml.safe_load_all(text) if d is not None]
+    except yaml.YAMLError as error:
+        report.error("file", f"it is not YAML: {one_line(error)}")
+        return report
+    if not documents:
+        report.error("file", "it is empty")
+    several = len(documents) > 1
+    for number, document in enumerate(documents):
+        name = document.get("name") if isinstance(document, dict) else None
+        prefix = f"stage {name or number + 1}: " if several else ""
+        check_document(report, document, prefix, {"name"} if several else set())
+    if not several and not report.errors:
+        _look(report, text, documents[0], options)
+    return report
+
+
+def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> None:
+    """Plan the merge and look at the shapes and dtypes of its inputs."""
+    for path in _paths(document):
+        if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
+            report.error("plan", f"there is no {path}")
+    if report.errors:
+        return
+    try:
+        plan = plan_without_merging(text, PlanOptions.of(options, advise=False))
+        report.outlook = _outlook(report, plan, document)
+    except click.ClickException as error:
+        report.error("plan", error.format_message())
+    except HOST_ERRORS as error:
+        report.error("plan", f"mergekit cannot plan it: {one_line(error)}")
+    if report.errors:
+        report.outlook = None
+
+
+def _outlook(report: Report, plan: Plan, document: dict[str, Any]) -> Outlook:
+    for topic, remark in advice.remarks(plan).items():
+        report.warn(topic, remark)
+    names = [task.output_weight.name for task in plan.tasks]
+    for where, part in _all_filters(document):
+        if not any(part in name for name in names):
+            report.warn(where, f"the filter {part!r} matches no tensor")
+    inputs = Inputs(plan)
+    if path := plan.statistics_file:
+        try:
+            whole_model.reuse(inputs, pathlib.Path(path))
+        except PCBError as error:
+            report.error("statistics", error.format_message())
+    reads = 3 if plan.scope == MODEL and not path else 1
+    return _sizes(report, inputs, document, reads)
+
+
+def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int) -> Outlook:
+    plan = inputs.plan
+    rounded: dict[str, str] = {}
+    partly: list[str] = []
+    elements = read = written = peak = 0
+    largest = ""
+    for task, tensors in inputs.shapes():
+        name, group = task.output_weight.name, group_of(task, tensors)
+        present = {entry.id: entry.tensor for entry in group.entries}
+        if missing := [str(model) for model in plan.models if model not in present]:
+            partly.append(f"{name} ({missing[0]})")
+        try:
+            if len(present) > 1 or not task.output_weight.optional:
+                PCBMerge().validate_inputs(list(present), task.base_model, group_name=name)
+            check_shapes(group)
+        except PCBError as error:
+            report.error(name, error.format_message())
+            continue
+        try:
+            if copy_non_floating_buffer(group.tensors, name) is not None:
+                continue
+        except ValueError:
+            report.error(name, "it holds integers that differ, which mergekit refuses")
+            continue
+        tensor = group.entries[0].tensor
+        cast = plan.dtype or promoted(present.values())
+        for model, own in present.items():
+            if plan.dtype is not None and own.dtype.itemsize > plan.dtype.itemsize:
+                rounded.setdefault(str(model), str(own.dtype).removeprefix("torch."))
+        read += sum(own.nbytes for own in present.values())
+        elements += tensor.numel()
+        out = dtype_of(document.get("out_dtype")) or cast
+        written += tensor.numel() * out.itemsize
+        chunk = min(tensor.numel(), chunk_elements(tensor.device))
+        scratch = scratch_chunks(len(present) - 1) * chunk
+        need = tensor.numel() * cast.itemsize * (len(present) + 1)
+        need += scratch * working_dtype(cast).itemsize
+        if need > peak:
+            peak, largest = need, name
+    if rounded:
+        model, dtype = next(iter(rounded.items()))
+        others = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+        asked = document["dtype"]
+        report.warn(
+            "dtype",
+            f"{asked} rounds the {dtype} values of {model}{others} before they are subtracted, and "
+            f"task vectors are small differences; set dtype: float32 and out_dtype: {asked}",
+        )
+    if partly:
+        more = f" and {len(partly) - 1} more" if len(partly) > 1 else ""
+        report.warn("tensors", f"not every model has {partly[0]}{more}")
+    return Outlook(
+        scope=plan.scope,
+        tasks=len(plan.models),
+        tensors=len(plan.tasks),
+        elements=elements,
+        input_bytes=read,
+        reads=reads,
+        output_bytes=written,
+        peak_bytes=peak,
+        largest=largest,
+    )
+
+
+def _all_filters(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    places = [("parameters", document)]
+    places += [(f"{where}.parameters", entry) for where, entry, _ in entries(document)]
+    for where, owner in places:
+        for name, setting in (owner.get("parameters") or {}).items():
+            for part in filters(setting):
+                yield f"{where}.{name}", part
+
+
+def _paths(document: dict[str, Any]) -> Iterator[str]:
+    """What a configuration names as models and adapters, each once."""
+    named = [document.get("base_model"), *(e.get("model") for _, e, _ in entries(document))]
+    texts = [name for name in named if isinstance(name, str)]
+    yield from dict.fromkeys(part for text in texts for part in text.split("+"))
+
+
+def sentences(report: Report) -> Sequence[str]:
+    """The report as lines for a terminal."""
+    lines = [f"{f.level}: {f.where}: {f.what}" for f in report.findings]
+    if not lines:
+        lines.append("no mistakes found")
+    outlook = report.outlook
+    if outlook is not None:
+        reads = {1: "once"}.get(outlook.reads, f"{outlook.reads} times")
+        measuring = ", twice of it to measure" if outlook.reads > 1 else ""
+        lines += [
+            f"{outlook.tensors} tensors of {outlook.elements:,} elements, "
+            f"{outlook.tasks} tasks, scope: {outlook.scope}",
+            f"reads {_size(outlook.input_bytes)} of checkpoints {reads}{measuring}; "
+            f"writes {_size(outlook.output_bytes)}",
+            f"the largest tensor, {outlook.largest}, takes {_size(outlook.peak_bytes)} to merge",
+        ]
+    return lines
+
+
+def _size(count: int) -> str:
+    from tqdm import tqdm
+
+    return f"{tqdm.format_sizeof(count, suffix='B', divisor=1000)}"

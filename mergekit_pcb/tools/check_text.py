@@ -1,0 +1,188 @@
+"""What a configuration says: names, levels and ranges of everything in its text.
+
+mergekit ignores what it does not know. Nothing is read here but the text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from mergekit.config import (
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+from pydantic import BaseModel
+
+from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.parameters import PARAMETERS, SPECS
+from mergekit_pcb.host.planning import is_raw
+
+ERROR: Literal["error"] = "error"
+WARNING: Literal["warning"] = "warning"
+PER_MODEL = sorted(s.name for s in PARAMETERS if s.scope == ParameterScope.NON_BASE)
+
+
+class Finding(BaseModel):
+    """One thing that is wrong or suspicious, and where."""
+
+    level: Literal["error", "warning"]
+    where: str
+    what: str
+
+
+class Findings(BaseModel):
+    """Everything found."""
+
+    findings: list[Finding] = []
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.level == ERROR for finding in self.findings)
+
+    def error(self, where: str, what: str) -> None:
+        self.findings.append(Finding(level=ERROR, where=where, what=what))
+
+    def warn(self, where: str, what: str) -> None:
+        self.findings.append(Finding(level=WARNING, where=where, what=what))
+
+
+def check_document(report: Findings, document: Any, prefix: str, extra: set[str]) -> None:
+    if not isinstance(document, dict):
+        report.error(f"{prefix}file", "it is no mapping of names to values")
+        return
+    method = document.get("merge_method")
+    if method != "pcb":
+        here = f"{prefix}merge_method"
+        if extra:  # other stages may use what they like
+            return
+        report.error(
+            here,
+            "there is none: write `merge_method: pcb`"
+            if method is None
+            else f"{method} is not what this command checks: it knows pcb",
+        )
+        return
+    raw = is_raw(document)
+    kind = RawPyTorchMergeConfig if raw else MergeConfiguration
+    _check_fields(report, document, f"{prefix}top level", {*kind.model_fields, *extra})
+    _check_parameters(report, document, f"{prefix}parameters", per_model=False)
+    for name in ("dtype", "out_dtype"):
+        chosen = dtype_of(document.get(name))
+        if document.get(name) is not None and (chosen is None or not chosen.is_floating_point):
+            report.error(prefix + name, f"{document[name]} is none; write float32 or bfloat16")
+    base = document.get("base_model")
+    for where, entry, fields in entries(document):
+        where = prefix + where
+        if not isinstance(entry, dict):
+            report.error(where, "it is no mapping: write `- model: PATH`")
+            continue
+        _check_fields(report, entry, where, fields)
+        model = entry.get("model")
+        per_model = model is not None
+        if per_model and model == base and entry.get("parameters"):
+            report.warn(where, "parameters of the base model do nothing")
+        _check_parameters(report, entry, f"{where}.parameters", per_model=per_model)
+
+
+def entries(document: dict[str, Any]) -> Iterator[tuple[str, Any, Iterable[str]]]:
+    """Every model, slice, source and module, with the fields that mergekit reads there."""
+    yield from _listed(document, "models", "", InputModelDefinition)
+    modules = document.get("modules")
+    owners = {"": document}
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        owners[f"modules.{name}."] = module if isinstance(module, dict) else {}
+        yield f"modules.{name}", module, OutputModuleDefinition.model_fields
+        yield from _listed(
+            owners[f"modules.{name}."], "models", f"modules.{name}.", InputModelDefinition
+        )
+    for prefix, owner in owners.items():
+        for where, part, fields in _listed(owner, "slices", prefix, OutputSliceDefinition):
+            yield where, part, fields
+            if isinstance(part, dict):
+                yield from _listed(part, "sources", f"{where}.", InputSliceDefinition)
+
+
+def _listed(
+    owner: dict[str, Any], key: str, prefix: str, kind: type[BaseModel]
+) -> Iterator[tuple[str, Any, Iterable[str]]]:
+    entries = owner.get(key)
+    for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+        name = f" ({entry['model']})" if isinstance(entry, dict) and "model" in entry else ""
+        yield f"{prefix}{key}[{number}]{name}", entry, kind.model_fields
+
+
+def _check_fields(
+    report: Findings, mapping: dict[str, Any], where: str, fields: Iterable[str]
+) -> None:
+    for name in mapping:
+        if name in fields:
+            continue
+        if name in SPECS:
+            report.error(where, f"{name} stands beside `parameters:` and is ignored; move it there")
+        else:
+            report.error(where, f"mergekit ignores {name}{_suggestion(name, [*fields, *SPECS])}")
+
+
+def _check_parameters(
+    report: Findings, owner: dict[str, Any], where: str, *, per_model: bool
+) -> None:
+    parameters = owner.get("parameters")
+    if parameters is None:
+        return
+    if not isinstance(parameters, dict):
+        report.error(where, "it is no mapping of names to values")
+        return
+    for name, setting in parameters.items():
+        spec = SPECS.get(name)
+        if spec is None:
+            report.error(where, f"unknown parameter {name}{_suggestion(name, SPECS)}")
+        elif per_model and name not in PER_MODEL:
+            report.error(where, f"{name} is ignored here; write it at the top level")
+        else:
+            for complaint in filter(None, (_complaint(spec, v) for v in _scalars(setting))):
+                report.error(f"{where}.{name}", complaint)
+
+
+def _complaint(spec: ParameterSpec, value: Any) -> str | None:
+    try:
+        spec.validate(value)
+    except PCBError as error:
+        return error.format_message()
+    return None
+
+
+def _suggestion(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return "; pcb knows " + ", ".join(SPECS) if set(known) == set(SPECS) else ""
+
+
+def _scalars(setting: Any) -> Iterator[Any]:
+    """The values of a setting: one, a gradient, or filters of either."""
+    if isinstance(setting, dict):
+        yield from _scalars(setting.get("value"))
+    elif isinstance(setting, list):
+        for part in setting:
+            yield from _scalars(part)
+    else:
+        yield setting
+
+
+def filters(setting: Any) -> Iterator[str]:
+    for part in setting if isinstance(setting, list) else [setting]:
+        if isinstance(part, dict) and part.get("filter") not in (None, "*"):
+            yield str(part["filter"])
+
+
+def dtype_of(name: Any) -> torch.dtype | None:
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None

@@ -1,0 +1,116 @@
+"""What a search over a configuration is: its start, its bounds, and the best one as YAML."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_pcb.errors import PCBError
+from mergekit_pcb.tools.search import BOUNDS, Space
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search over a configuration for mergekit-yaml or mergekit-pytorch."""
+
+    configuration: dict[str, Any]
+    command: str
+    output: pathlib.Path
+    folder: pathlib.Path
+    searched: tuple[str, ...] = ("weight",)
+    bounds: tuple[float, float] = BOUNDS["weight"]
+    budget: int = 100
+    seed: int = 0
+    minimize: bool = False
+    timeout: float | None = None
+
+    def check(self) -> None:
+        """Refuse what no search can be made of, before anything is written."""
+        if "{model}" not in self.command:
+            raise PCBError(
+                "evaluate",
+                "the command does not name the model",
+                "write {model} where its path goes",
+            )
+        low, high = self.bounds
+        if not -math.inf < low < high < math.inf:
+            what = f"{low:g} and {high:g} bound nothing to search"
+            raise PCBError("search", what, "give LOW HIGH, two numbers")
+        if not self.output.resolve().parent.is_dir():
+            raise PCBError(f"write {self.output}", "its folder does not exist", "name another file")
+
+    def digest(self) -> str:
+        """Of everything that a log belongs to; a larger budget goes on with the same."""
+        told = [self.configuration, self.command, self.searched, self.bounds, self.seed]
+        text = json.dumps([*told, self.minimize], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def log(self) -> pathlib.Path:
+        return self.folder / "trials.jsonl"
+
+
+def tasks_of(configuration: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models of a configuration that are not its base."""
+    models = configuration.get("models")
+    if configuration.get("merge_method") != "pcb" or not isinstance(models, list):
+        raise PCBError(
+            "search this configuration",
+            "it is no `merge_method: pcb` with a list of `models:`",
+            "search weights of whole models; slices have no one weight",
+        )
+    base = configuration.get("base_model")
+    return [entry for entry in models if isinstance(entry, dict) and entry.get("model") != base]
+
+
+def space_of(job: Job) -> Space:
+    """Where the search starts: the configuration's own values."""
+    common, *own = (
+        entry.get("parameters") or {} for entry in (job.configuration, *tasks_of(job.configuration))
+    )
+    if not all(isinstance(values, dict) for values in (common, *own)):
+        raise PCBError(
+            "search this configuration", "its parameters are no mapping", "write `name: value`"
+        )
+
+    def number(name: str, values: dict[str, Any], default: float) -> float:
+        value = values.get(name, common.get(name, default))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise PCBError(
+                f"search {name}",
+                f"the configuration gives it filters or a gradient ({value!r})",
+                f"give {name} one number to start from",
+            )
+        return float(value)
+
+    shared = []
+    for name, default in (("lambda", 1.0), ("density", 0.1)):
+        if name in job.searched:
+            if any(name in values for values in own):
+                raise PCBError(
+                    f"search {name}",
+                    "models have values of their own",
+                    "write one at the top level to start from",
+                )
+            shared.append((name, number(name, {}, default)))
+    weights = [number("weight", values, 1.0) for values in own if "weight" in job.searched]
+    return Space(tuple(weights), tuple(shared), job.bounds)
+
+
+def configured(
+    configuration: dict[str, Any], weights: Sequence[float], shared: dict[str, float]
+) -> dict[str, Any]:
+    """The configuration with these values in it."""
+    made = copy.deepcopy(configuration)
+    if weights:
+        for entry, weight in zip(tasks_of(made), weights, strict=True):
+            entry["parameters"] = {**(entry.get("parameters") or {}), "weight": weight}
+    if shared:
+        made["parameters"] = {**(made.get("parameters") or {}), **shared}
+    return made
