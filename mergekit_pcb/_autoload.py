@@ -40,26 +40,46 @@ def watch() -> None:
             sys.meta_path.insert(0, _Finder(missing))
 
 
-def register() -> None:
+def register(*, replace: bool = False) -> None:
     """Register ``pcb`` with mergekit, importing mergekit if need be.
 
-    Does nothing where it is registered already; the environment cannot switch it off.
+    Does nothing where it is registered already; the environment cannot switch it off. Where the
+    name belongs to another method, it is refused, or with ``replace`` taken over for this
+    process. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
     import mergekit.merge_methods.registry as registry
 
-    _register(registry)
     watch()
+    foreign = _foreign(registry)
+    if foreign and replace:
+        from mergekit_pcb.host.method import PCBMerge
+
+        registry._METHODS["pcb"] = PCBMerge()
+    elif foreign:
+        from mergekit_pcb.errors import PCBError
+
+        raise PCBError(
+            "use merge_method: pcb of mergekit-pcb",
+            f"mergekit already has a method of that name, {foreign}",
+            "uninstall its provider, or run merges by mergekit-pcb with `mergekit-pcb yaml`",
+        )
+
+
+def _foreign(registry: ModuleType) -> str:
+    """Class and module of a method named ``pcb`` that is not ours; empty where there is none."""
+    registered = {method.spec.name: method for method in registry.registered_methods()}
+    kind = type(registered["pcb"]) if "pcb" in registered else None
+    if kind is None or kind.__module__.startswith("mergekit_pcb."):
+        return ""
+    return f"{kind.__qualname__} in {kind.__module__}"
 
 
 def _register(registry: ModuleType) -> None:
-    registered = {method.spec.name: method for method in registry.registered_methods()}
-    if "pcb" not in registered:
-        import mergekit_pcb.host.method  # noqa: F401 - registers itself
-    elif not type(registered["pcb"]).__module__.startswith("mergekit_pcb."):
+    if foreign := _foreign(registry):
         raise RuntimeError(
-            "mergekit already has a method named pcb, which is left alone; uninstall "
-            "mergekit-pcb, or the other provider, to choose one"
+            f"mergekit already has a method named pcb, {foreign}, which is left alone"
         )
+    import mergekit_pcb.host.method  # noqa: F401 - registers itself
 
 
 def _wrap_planner(plan: ModuleType) -> None:
@@ -86,11 +106,17 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
+_SAID: set[str] = set()
+
+
 def _attempt(act: Callable[[ModuleType], None], module: ModuleType) -> None:
     """Mergekit has to keep working whatever is wrong with this package."""
     try:
         act(module)
     except Exception as error:
+        if str(error) in _SAID:
+            return
+        _SAID.add(str(error))
         import warnings
 
         warnings.warn(

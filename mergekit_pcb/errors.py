@@ -8,6 +8,11 @@ import click
 HOST_ERRORS = (OSError, RuntimeError, TypeError, ValueError)
 
 
+def printable(text: str) -> str:
+    """A text for a terminal or a picture: what would move a cursor or turn text around is shown."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, fit for the middle of a sentence."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
@@ -22,7 +27,7 @@ class PCBError(click.ClickException, ValueError):
     """
 
     def __init__(self, cannot: str, because: str, remedy: str) -> None:
-        super().__init__(f"cannot {cannot}; because {because}; {remedy}.")
+        super().__init__(printable(f"cannot {cannot}; because {because}; {remedy}."))
         self.beats = (cannot, because, remedy)
 
     def __reduce__(self) -> tuple[type[PCBError], tuple[str, str, str]]:

@@ -1,5 +1,6 @@
 """PCB-Merging the slow, obvious way: whole vectors, float64, sorting; none of the package."""
 
+import functools
 import hashlib
 
 import torch
@@ -39,24 +40,37 @@ def pcb(base, tasks, *, density=0.1, weight=1.0, lam=1.0, clip=1e-4, dare=None):
     return (base + lam * numerator / divisor.clamp(min=1e-12)).reshape(shape)
 
 
-def mixed(place, bits):
-    x, half = (place * 0x1E3779B1 + 0x3C6EF372) % 2**bits, (bits + 1) // 2
-    for factor in (0x21F0AAAD, 0x735A2D97):
-        x = (x ^ (x >> half)) * factor % 2**bits
-    return x ^ (x >> half)
+def philox(counter, key):
+    """Philox4x64-10 in plain integers: four words of 64 bits (Salmon et al., SC 2011)."""
+    a, b, c, d = counter
+    low, high = key
+    for _ in range(10):
+        first, second = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+        a, b, c, d = (
+            (second >> 64) ^ b ^ low,
+            second % 2**64,
+            (first >> 64) ^ d ^ high,
+            first % 2**64,
+        )
+        low, high = (low + 0x9E3779B97F4A7C15) % 2**64, (high + 0xBB67AE8584CAA73B) % 2**64
+    return a, b, c, d
+
+
+@functools.lru_cache(maxsize=4096)
+def words(seed, task, tensor, block, top):
+    """Sixteen words of 16 bits, those of the elements from 16 block on."""
+    text = f"{seed} {task} {tensor}".encode()
+    digest = hashlib.blake2b(text, digest_size=16, person=b"mergekit-pcb").digest()
+    key = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+    counter = block + 1
+    drawn = philox((counter % 2**64, counter >> 64, 0, top), key)
+    return [word >> shift & 0xFFFF for word in drawn for shift in (0, 16, 32, 48)]
 
 
 def kept_by_dare(seed, task, tensor, index, density):
     """Whether DARE keeps one element, in plain integers after what dare.py's first lines say."""
-    block, place = divmod(index, 2**18)
-    t = 2 * (mixed(place, 31) * 2**18 + mixed(place, 18)) + 1
-    text = f"{seed} {task} {block} {tensor}".encode()
-    digest = hashlib.blake2b(text, digest_size=8, person=b"mergekit-pcb").digest()
-    a = int.from_bytes(digest[:4], "little") // 2 * 2
-    k = int.from_bytes(digest[4:], "little") | 1
-    square = (a + k * t) ** 2 % 2**32
-    # Numbers from 2^31 on are the lower half: a device reads them as negative.
-    return (square + 2**31) % 2**32 < 8 * round(density * 2**29)
+    first, second = (words(seed, task, tensor, index // 16, top)[index % 16] for top in (0, 1))
+    return first * 2**16 + second < round(density * 2**32)
 
 
 def dare_factors(seed, task, tensor, count, density):

@@ -237,3 +237,106 @@ def test_the_peak_is_about_what_a_merge_takes():
     needed = peak_bytes(lambda: merge(given)) - given[0].nbytes
     # The scratch of this thread is warm, so what is left is what ranks hold.
     assert needed <= scratch_chunks(3) * CPU_CHUNK_ELEMENTS * 4
+
+
+# --- A base that is not the base --------------------------------------------------------------
+
+
+def trained(model, kind, steps, *, rate=3e-3):
+    """Train on sequences of one kind: each token follows from the one before it."""
+    generator = torch.Generator().manual_seed(kind)
+    successor = torch.randperm(64, generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        tokens = [torch.randint(64, (16,), generator=generator)]
+        while len(tokens) < 12:
+            tokens.append(successor[tokens[-1]])
+        batch = torch.stack(tokens, 1)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def lineage(tmp_path_factory):
+    """A pretrained model, its instruct version, and two experts of each."""
+    import copy
+
+    directory = tmp_path_factory.mktemp("lineage")
+    pretrained = trained(tiny_llama(layers=2), 0, 60)
+    instruct = trained(copy.deepcopy(pretrained), 1, 60)
+    models = {"pretrained": pretrained, "instruct": instruct}
+    for parent in ("pretrained", "instruct"):
+        for kind in (2, 3):
+            made = trained(copy.deepcopy(models[parent]), kind, 10, rate=5e-4)
+            models[f"expert-{kind}-of-{parent}"] = made
+    for name, model in models.items():
+        model.save_pretrained(directory / name)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("base", "experts", "warned"),
+    [
+        ("pretrained", "pretrained", False),
+        ("instruct", "instruct", False),
+        ("pretrained", "instruct", True),
+        ("instruct", "pretrained", True),
+    ],
+)
+def test_experts_of_another_model_than_the_base(tmp_path, lineage, base, experts, warned):
+    names = [base, f"expert-2-of-{experts}", f"expert-3-of-{experts}"]
+    found, _ = check(tmp_path, configuration([lineage / name for name in names]))
+    said = [what for _, where, what in found if where == "base_model"]
+    assert bool(said) == warned, said
+    if warned:
+        assert all(f"{lineage / name}" in said[0] for name in names)
+        assert "point the same way (cosines from 0.9" in said[0]
+
+
+def test_one_expert_of_another_model_is_not_hidden_by_the_others(tmp_path, lineage):
+    names = ["pretrained", "expert-2-of-pretrained", "expert-2-of-instruct", "expert-3-of-instruct"]
+    found, _ = check(tmp_path, configuration([lineage / name for name in names]))
+    (said,) = [what for _, _, what in found if "point the same way" in what]
+    changes = said.split(" point")[0]
+    assert "expert-2-of-pretrained" not in changes
+    assert "expert-2-of-instruct" in changes
+    assert "expert-3-of-instruct" in changes
+
+
+def test_a_model_of_another_kind_lies_far(tmp_path, lineage):
+    torch.manual_seed(9)
+    stranger = tiny_llama(layers=2)
+    state = {name: torch.randn_like(t) * t.std() for name, t in stranger.state_dict().items()}
+    stranger.load_state_dict(state)
+    stranger.save_pretrained(tmp_path / "stranger")
+    models = [lineage / "pretrained", lineage / "expert-2-of-pretrained", tmp_path / "stranger"]
+    found, _ = check(tmp_path, configuration(models))
+    (said,) = [what for _, where, what in found if where == "base_model"]
+    assert said.startswith(f"{tmp_path / 'stranger'} lies as far from {lineage / 'pretrained'}")
+
+
+def test_the_look_at_values_is_bounded(tmp_path, family, monkeypatch):
+    from mergekit_pcb.tools import check_base
+
+    looked_at = []
+    products = check_base._products
+
+    def counted(tensors):
+        def seen():
+            for tensor in tensors:
+                looked_at.append(sum(t.nbytes for t in (tensor.base, *tensor.tasks)))
+                yield tensor
+
+        return products(seen())
+
+    monkeypatch.setattr(check_base, "_products", counted)
+    check(tmp_path, configuration(family))
+    assert len(looked_at) == check_base.TENSORS
+    monkeypatch.setattr(check_base, "BUDGET", 8 * max(looked_at) - 8)
+    largest = max(looked_at)
+    looked_at.clear()
+    check(tmp_path, configuration(family))
+    assert looked_at
+    assert max(looked_at) < largest

@@ -20,7 +20,7 @@ ARROWS = {
         "tools.search",
     },
     "__main__": {"tools.cli"},
-    "_autoload": {"host.method", "host.planning"},
+    "_autoload": {"errors", "host.method", "host.planning"},
     "errors": set(),
     "files": set(),
     "state_dicts": {
@@ -52,7 +52,8 @@ ARROWS = {
         "host.parameters",
     },
     "host.plan": {"core.measure", "core.rules", "errors", "host.method", "host.parameters"},
-    "host.inputs": {"core.vectors", "host.groups", "host.plan"},
+    "host.damage": {"errors"},
+    "host.inputs": {"core.vectors", "host.damage", "host.groups", "host.plan"},
     "host.statistics_file": {"core.dare", "core.formulas", "core.measure", "errors", "files"},
     "host.whole_model": {
         "core.measure",
@@ -71,10 +72,11 @@ ARROWS = {
         "host.whole_model",
     },
     "host.vocabulary": {"errors", "host.nodes"},
-    "host.advice": {"host.inputs", "host.parameters", "host.plan"},
+    "host.advice": {"errors", "host.inputs", "host.parameters", "host.plan"},
     "host.planning": {
         "errors",
         "host.advice",
+        "host.damage",
         "host.method",
         "host.nodes",
         "host.plan",
@@ -84,6 +86,7 @@ ARROWS = {
     "tools.adamerge": {"errors", "state_dicts"},
     "tools.adapters": {"errors", "files"},
     "tools.check_text": {"errors", "host.parameters", "host.planning"},
+    "tools.check_base": {"core.vectors", "host.inputs", "host.plan"},
     "tools.check": {
         "core.rules",
         "core.vectors",
@@ -95,6 +98,7 @@ ARROWS = {
         "host.plan",
         "host.planning",
         "host.whole_model",
+        "tools.check_base",
         "tools.check_text",
     },
     "tools.counts": {"core.merge", "core.vectors", "host.method"},
@@ -104,6 +108,7 @@ ARROWS = {
     "tools.search": {"errors", "state_dicts"},
     "tools.search_job": {"errors", "tools.search"},
     "tools.search_files": {
+        "core.dare",
         "core.merge",
         "errors",
         "files",
@@ -117,6 +122,7 @@ ARROWS = {
         "errors",
         "host.inputs",
         "host.planning",
+        "host.statistics_file",
         "host.whole_model",
         "tools.adapters",
         "tools.check",
@@ -129,7 +135,7 @@ ARROWS = {
 }
 FLOORS = ("core", "host", "tools")
 # Longer than this, a module has more than one job.
-LONGEST = 340
+LONGEST = 330
 
 
 def path_of(room):

@@ -1,30 +1,41 @@
 """DARE's drop mask as a pure function of seed, task, tensor and element; knows nothing of PCB.
 
 Source: Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099: drop elements of
-a task vector at random and divide the others by the share that is kept. Departure: the
-random numbers come from a hash, not from a generator with a state, so an element's fate
-depends neither on what was computed before it nor on where a tensor is cut.
+a task vector at random and divide the others by the share that is kept.
 
-The hash of an element is ``(A + K t)²`` in 32 bits. ``t`` is a well mixed odd number that
-belongs to the element's place within its block of 2^18; the even ``A`` and the odd ``K`` are
-drawn from a cryptographic hash of seed, task, tensor and block. Squares of odd numbers
-are 1 modulo 8, so the upper 29 bits are what is random. Two places whose ``t`` differed by a
-multiple of 2^29 would be tied together under every key, so the lower 19 bits of ``t`` all
-differ. All of it is exact in integers, so it is the same on every device.
+The random numbers are Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2,
+3", SC 2011), as numpy implements it. The key is the BLAKE2b hash of seed, position of the task
+and name of the tensor. Element ``i`` of the flattened tensor takes the ``i``-th 16 bits of that
+stream, of each number of 64 bits the lowest first. It is kept if they are below the upper half
+of ``density · 2^32``; where they equal it, the next 16 bits, from the same place of the stream
+whose counter has its top word set to one, are compared with the lower half. So an element's fate
+depends neither on what was computed before it, nor on where a tensor is cut, nor on the
+device: bits are drawn on the CPU, by all its cores, and moved.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any, Final
 
+import numpy
 import torch
 
-BLOCK_ELEMENTS = 1 << 18
-#: Densities are drawn to this precision; below it nothing would ever be kept.
+#: Recorded with statistics that were measured under it.
+GENERATOR: Final = "Philox4x64-10 keyed by BLAKE2b"
+#: Below it nothing would ever be kept.
 SMALLEST_DENSITY = 2.0**-29
+# Where bits are drawn.
+HOST = "cpu"
+# One counter of the generator gives four numbers of 64 bits.
+WORDS_PER_COUNTER = 16
+# Elements that are drawn at a time, and by one thread: shorter pieces cost more than they save.
+WINDOW_ELEMENTS = 1 << 22
+PIECE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,93 +50,118 @@ class Dare:
     seed: int
     task: int
 
-    def apply_(
-        self,
-        tau: torch.Tensor,
-        tensor: str,
-        start: int,
-        scratch: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Drop elements of a task vector in place and divide the others by ``density``.
 
-        ``tau`` holds the elements from ``start`` on of the flattened tensor of that name; the
-        contents of ``scratch``, contiguous and like ``tau``, are lost. NaN and infinity become
-        NaN even where dropped, so that no mask hides a broken checkpoint.
+class Mask:
+    """Which of the ``count`` elements of one tensor a task keeps.
+
+    Drawn window by window as it is asked for, and held as bits, because every tensor is passed
+    over three times.
+    """
+
+    def __init__(self, dare: Dare, tensor: str, count: int) -> None:
+        self._dare, self._count = dare, count
+        self._key = key(dare.seed, dare.task, tensor)
+        self._windows: dict[int, Any] = {}
+
+    def apply_(self, tau: torch.Tensor, start: int, scratch: torch.Tensor) -> torch.Tensor:
+        """Drop elements of a task vector in place and divide the others by the density.
+
+        ``tau`` holds the elements from ``start`` on; the contents of ``scratch``, contiguous and
+        like ``tau``, are lost. NaN and infinity become NaN even where dropped, so that no mask
+        hides a broken checkpoint.
         """
-        kept, hashes = scratch[0], scratch[1].view(torch.int32)[: len(tau)]
-        places = _places(tau.device)
-        for block, blocks, place, part in _spans(start, len(tau)):
-            addends, factors = _keys(self.seed, self.task, tensor, block, blocks, tau.device)
-            if isinstance(factors, int):
-                torch.add(addends, places[place], alpha=factors, out=hashes[part])
-            else:
-                table = hashes[part].view(blocks, -1)
-                torch.mul(places[place], factors, out=table).add_(addends)
-        torch.mul(hashes, hashes, out=hashes)
-        kept.copy_(hashes.le_(self._largest))
+        packed, skipped = self.packed(start, len(tau))
+        unpack(packed, skipped, out=scratch)
         zero = _zero(tau.dtype, tau.device)
-        return torch.addcmul(zero, tau, kept, value=1 / self.density, out=tau)
+        return torch.addcmul(zero, tau, scratch, value=1 / self._dare.density, out=tau)
 
-    @property
-    def _largest(self) -> int:
-        """The largest hash, as a signed 32-bit integer, of an element that is kept."""
-        return -(2**31) + 8 * round(self.density * 2**29) - 1
+    def packed(self, start: int, count: int) -> tuple[Any, int]:
+        """The bits of some elements, eight to a byte, lowest first, after so many others."""
+        first, end = start // 8 * 8, start + count
+        parts = []
+        while first < end:
+            window, place = divmod(first, WINDOW_ELEMENTS)
+            taken = min(end - first, WINDOW_ELEMENTS - place)
+            parts.append(self._window(window)[place // 8 : -(-(place + taken) // 8)])
+            first += taken
+        return parts[0] if len(parts) == 1 else numpy.concatenate(parts), start % 8
+
+    def _window(self, window: int) -> Any:
+        if window not in self._windows:
+            start = window * WINDOW_ELEMENTS
+            self._windows[window] = self._drawn(start, min(WINDOW_ELEMENTS, self._count - start))
+        return self._windows[window]
+
+    def _drawn(self, start: int, count: int) -> Any:
+        pieces = [
+            (start + first, min(PIECE_ELEMENTS, count - first))
+            for first in range(0, count, PIECE_ELEMENTS)
+        ]
+        if len(pieces) < 2 or torch.get_num_threads() == 1:
+            return numpy.concatenate([self._piece(piece) for piece in pieces])
+        return numpy.concatenate(list(_pool().map(self._piece, pieces)))
+
+    def _piece(self, piece: tuple[int, int]) -> Any:
+        start, count = piece
+        upper, lower = divmod(round(self._dare.density * 2**32), 1 << 16)
+        words = draw(self._key, start // WORDS_PER_COUNTER, count)
+        kept = words < upper
+        for place in numpy.flatnonzero(words == upper) if lower else ():
+            counter, word = divmod(start + int(place), WORDS_PER_COUNTER)
+            kept[place] = draw(self._key, counter + (1 << 192), WORDS_PER_COUNTER)[word] < lower
+        return numpy.packbits(kept, bitorder="little")
 
 
-def key(seed: int, task: int, tensor: str, block: int) -> tuple[int, int]:
-    """``A`` and ``K`` of a block, as signed 32-bit integers.
+def key(seed: int, task: int, tensor: str) -> int:
+    """The key of a task's mask in a tensor, 128 bits.
 
     The name stands last in what is hashed, so no two lists of arguments read the same.
     """
-    text = f"{seed} {task} {block} {tensor}".encode(errors="surrogatepass")
-    digest = hashlib.blake2b(text, digest_size=8, person=b"mergekit-pcb").digest()
-    addend, factor = (int.from_bytes(d, "little", signed=True) for d in (digest[:4], digest[4:]))
-    return addend & ~1, factor | 1
+    text = f"{seed} {task} {tensor}".encode(errors="surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=16, person=b"mergekit-pcb").digest()
+    return int.from_bytes(digest, "little")
 
 
-@lru_cache(maxsize=4096)  # three passes over a tensor
-def _keys(
-    seed: int, task: int, tensor: str, first: int, blocks: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """``A`` and ``K`` of consecutive blocks as columns, or of one: a scalar and a number."""
-    pairs = [key(seed, task, tensor, block) for block in range(first, first + blocks)]
-    columns = torch.tensor(pairs, dtype=torch.int32, device=device)
-    return (columns[:, :1], columns[:, 1:]) if blocks > 1 else (columns[0, 0], pairs[0][1])
+def draw(philox_key: int, counter: int, count: int) -> Any:
+    """Words of 16 bits from a counter on; numpy's generator adds one to it before it draws."""
+    philox, numbers = numpy.random.Philox(key=philox_key, counter=counter), -(-count // 4)
+    # numpy promises the stream of random_raw alone. The other lets threads run beside it.
+    drawn = _quick(philox, numbers) if _same_stream() else philox.random_raw(numbers)
+    return drawn.astype("<u8", copy=False).view("<u2")[:count]
 
 
-@lru_cache(maxsize=16)
-def _places(device: torch.device) -> torch.Tensor:
-    """``t`` for each place in a block: 13 mixed bits, 18 that are a mixed permutation, and 1."""
-    place = torch.arange(BLOCK_ELEMENTS)
-    t = 2 * (_mixed(place, 31) * BLOCK_ELEMENTS + _mixed(place, 18)) + 1
-    signed = (t + 2**31 & 0xFFFFFFFF) - 2**31
-    return signed.to(torch.int32).to(device)
+def _quick(philox: Any, numbers: int) -> Any:
+    generator = numpy.random.Generator(philox)
+    return generator.integers(2**64 - 1, size=numbers, dtype=numpy.uint64, endpoint=True)
 
 
-@lru_cache(maxsize=16)
+@functools.cache
+def _same_stream() -> bool:
+    quick, raw = (numpy.random.Philox(key=1) for _ in range(2))
+    return numpy.array_equal(_quick(quick, 64), raw.random_raw(64))
+
+
+def unpack(packed: Any, skipped: int, *, out: torch.Tensor) -> torch.Tensor:
+    """Turn bits, eight to a byte and the lowest first, into zeros and ones, on any device."""
+    if out.device.type == HOST:
+        bits = torch.from_numpy(numpy.unpackbits(packed, bitorder="little"))
+    else:
+        shifts = torch.arange(8, dtype=torch.uint8, device=out.device)
+        moved = torch.from_numpy(packed).to(out.device)
+        bits = ((moved[:, None] >> shifts) & 1).view(-1)
+    return out.copy_(bits[skipped : skipped + len(out)])
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="dare")
+
+
+# A forked child has none of its parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@functools.lru_cache(maxsize=16)
 def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros((), dtype=dtype, device=device)
-
-
-def _mixed(place: torch.Tensor, bits: int) -> torch.Tensor:
-    """Mix up numbers of so many bits; every step is one-to-one."""
-    mask, half = 2**bits - 1, (bits + 1) // 2
-    x: torch.Tensor = place * 0x1E3779B1 + 0x3C6EF372 & mask
-    for factor in (0x21F0AAAD, 0x735A2D97):
-        x = (x ^ (x >> half)) * factor & mask
-    return x ^ (x >> half)
-
-
-def _spans(start: int, count: int) -> Iterator[tuple[int, int, slice, slice]]:
-    """Cut elements from ``start`` on into runs of whole blocks and parts of one.
-
-    Yields a run's first block and number of blocks, and where it lies in each of its blocks
-    and among the elements.
-    """
-    done = 0
-    while done < count:
-        block, place = divmod(start + done, BLOCK_ELEMENTS)
-        blocks = max(1, (count - done) // BLOCK_ELEMENTS) if place == 0 else 1
-        size = min(blocks * BLOCK_ELEMENTS - place, count - done)
-        yield block, blocks, slice(place, place + size // blocks), slice(done, done + size)
-        done += size

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mergekit_pcb.core.dare import Dare
+from mergekit_pcb.core.dare import Dare, Mask
 
 # Bounds full-precision scratch independently of the size of a tensor, and keeps a chunk's
 # handful of temporaries in the caches of a CPU (1 MiB each in float32).
@@ -32,13 +32,15 @@ class Aligned:
     """One tensor of the base model and of every task, flattened: same length, same device.
 
     Built by :meth:`of`; contiguous tensors are borrowed, never copied and never written to.
-    ``dare`` says what is done to each task vector (``None``: nothing), before anything else.
+    ``masks`` say what is dropped of each task vector (``None``: nothing), before anything else.
     """
 
     name: str
     base: torch.Tensor
     tasks: tuple[torch.Tensor, ...]
-    dare: tuple[Dare | None, ...]
+    masks: tuple[Mask | None, ...]
+    #: Drawn once, however often the tensor is passed over.
+    _drawn: dict[Dare, Mask] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, name: str, base: torch.Tensor, tasks: Sequence[torch.Tensor]) -> Aligned:
@@ -48,7 +50,11 @@ class Aligned:
 
     def under(self, dare: tuple[Dare | None, ...]) -> Aligned:
         """The same tensors with task vectors thinned by DARE."""
-        return replace(self, dare=dare)
+        for mask in dare:
+            if mask is not None and mask not in self._drawn:
+                self._drawn[mask] = Mask(mask, self.name, len(self))
+        masks = tuple(None if mask is None else self._drawn[mask] for mask in dare)
+        return replace(self, masks=masks)
 
     def __len__(self) -> int:
         return self.base.numel()
@@ -97,11 +103,11 @@ class Chunk:
         task = self.tasks[index]
         narrow = task.dtype != self.base.dtype
         tau = out.copy_(task).sub_(self.base) if narrow else torch.sub(task, self.base, out=out)
-        mask = self.aligned.dare[index]
+        mask = self.aligned.masks[index]
         if mask is None:
             return tau
-        passing = self.scratch.passing(tau)
-        return mask.apply_(tau, self.aligned.name, self.start, passing)
+        scratch, _ = self.scratch.passing(tau)
+        return mask.apply_(tau, self.start, scratch)
 
     def total(self) -> torch.Tensor:
         """The sum of all task vectors, added in configuration order."""

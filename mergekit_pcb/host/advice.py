@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_pcb.errors import printable
 from mergekit_pcb.host.inputs import loaders
 from mergekit_pcb.host.parameters import density_remarks
 from mergekit_pcb.host.plan import Plan
@@ -31,7 +32,7 @@ def give(plan: Plan) -> None:
     """Log every remark, unless the tool that planned prints them itself."""
     if getattr(plan.options, "advise", True):
         for remark in remarks(plan).values():
-            LOG.warning(remark)
+            LOG.warning(printable(remark))
 
 
 def remarks(plan: Plan) -> dict[str, str]:

@@ -21,6 +21,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.host import damage
 from mergekit_pcb.host.groups import aligned
 from mergekit_pcb.host.plan import Plan
 
@@ -38,9 +39,10 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Size:
-    """Elements of one tensor, bytes of it in all inputs, and whether any is float64."""
+    """Elements and dimensions of one tensor, bytes of it in all inputs, whether any is float64."""
 
     elements: int
+    dimensions: int
     nbytes: int
     wide: bool
 
@@ -91,6 +93,7 @@ class Inputs:
             if self._takes_part(task, tensors):
                 sizes[name] = Size(
                     present[0].numel(),
+                    present[0].ndim,
                     sum(tensor.nbytes for tensor in present),
                     any(tensor.dtype == torch.float64 for tensor in present),
                 )
@@ -119,9 +122,10 @@ class Inputs:
             known[universe.add_task(tokenizer)] = self._tokenizer
         targets = [universe.add_task(load) for load in waiting]
         executor = Executor(targets, math_device=device, storage_device=device, cached_values=known)
-        for load, tensors in executor.run(quiet=True):
-            for task in waiting[load]:
-                yield task, tensors
+        with damage.named(self.plan.checkpoints):
+            for load, tensors in executor.run(quiet=True):
+                for task in waiting[load]:
+                    yield task, tensors
 
     def files(self, model: Any) -> list[pathlib.Path]:
         """The files that are read of a model: shards, and a tokenizer that is aligned."""

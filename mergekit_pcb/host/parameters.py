@@ -41,40 +41,19 @@ def _path(value: Any) -> str:
 STATISTICS = Rule(_path, "", "it has to be the path of a file", "write a path")
 
 
-def _parameter(
-    name: str, kind: type, scope: ParameterScope, rule: Rule, description: str
-) -> Parameter:
-    return Parameter(name, kind, scope, rule.default, description, rule=rule)
-
-
 _SHARED, _TASK = ParameterScope.SHARED, ParameterScope.NON_BASE
-PARAMETERS = (
-    _parameter(
-        "density", float, _TASK, rules.DENSITY, "fraction of a task's elements that keep weight"
-    ),
-    _parameter("weight", float, _TASK, rules.WEIGHT, "coefficient of a task"),
-    _parameter("lambda", float, _SHARED, rules.LAMBDA, "scale of the merged task vector"),
-    _parameter(
-        "clip", float, _SHARED, rules.CLIP, "fraction of the magnitudes clamped at each end"
-    ),
-    _parameter(
-        "dare_density",
-        float,
-        _TASK,
-        rules.DARE_DENSITY,
-        "fraction of a task's elements that DARE keeps before PCB",
-    ),
-    _parameter("seed", int, _SHARED, rules.SEED, "which elements DARE keeps"),
-    _parameter(
-        "scope",
-        str,
-        _SHARED,
-        rules.SCOPE,
-        "how far elements compete: within a tensor or within the whole model",
-    ),
-    _parameter(
-        "statistics", str, _SHARED, STATISTICS, "statistics of a whole model measured before"
-    ),
+PARAMETERS = tuple(
+    Parameter(name, kind, scope, rule.default, description, rule=rule)
+    for name, kind, scope, rule, description in (
+        ("density", float, _TASK, rules.DENSITY, "fraction of a task's elements that keep weight"),
+        ("weight", float, _TASK, rules.WEIGHT, "coefficient of a task"),
+        ("lambda", float, _SHARED, rules.LAMBDA, "scale of the merged task vector"),
+        ("clip", float, _SHARED, rules.CLIP, "fraction of the magnitudes clamped at each end"),
+        ("dare_density", float, _TASK, rules.DARE_DENSITY, "fraction that DARE keeps before PCB"),
+        ("seed", int, _SHARED, rules.SEED, "which elements DARE keeps"),
+        ("scope", str, _SHARED, rules.SCOPE, "how far elements compete: a tensor or the model"),
+        ("statistics", str, _SHARED, STATISTICS, "statistics of a whole model measured before"),
+    )
 )
 SPECS = {spec.name: spec for spec in PARAMETERS}
 

@@ -7,7 +7,7 @@ refuses what would make "the whole model" ambiguous. It reads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,14 +56,18 @@ class Plan:
         self.statistics_file = str(self.tasks[0].parameters["statistics"])
 
     @property
-    def base(self) -> Hashable:
-        found: Hashable = self.tasks[0].base_model
-        return found
+    def base(self) -> Any:
+        return self.tasks[0].base_model
 
     @property
-    def models(self) -> tuple[Hashable, ...]:
+    def models(self) -> tuple[Any, ...]:
         """The tasks' models in configuration order, without the base."""
         return models_of(self.tasks[0])
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The folders or files of the base and all models; names of the Hub as they are."""
+        return [str(model.model) for model in dict.fromkeys((self.base, *self.models))]
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +114,7 @@ class Plan:
                 )
 
 
-def models_of(task: ExecuteMergeMethodTask) -> tuple[Hashable, ...]:
+def models_of(task: ExecuteMergeMethodTask) -> tuple[Any, ...]:
     """The models of a planned tensor in configuration order, without the base."""
     return tuple(model for model in task.model_order if model != task.base_model)
 

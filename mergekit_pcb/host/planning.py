@@ -23,7 +23,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host import advice, vocabulary
+from mergekit_pcb.host import advice, damage, vocabulary
 from mergekit_pcb.host.method import PCBMerge, Prepared
 from mergekit_pcb.host.nodes import MergeTensor, nodes_of
 from mergekit_pcb.host.plan import Plan, PlanOptions
@@ -134,7 +134,8 @@ def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
         raise PCBError(
             "look into this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
         )
-    targets = _targets(document, options)
+    with damage.named(named_models(document)):
+        targets = _targets(document, options)
     nodes = [target.tensor_task for target in targets if isinstance(target, SaveTensor)]
     if not nodes:
         raise PCBError(
@@ -155,17 +156,33 @@ def is_raw(document: dict[str, Any]) -> bool:
     return isinstance(base, str) and pathlib.Path(base).is_file()
 
 
+def named_models(part: Any) -> list[str]:
+    """What a configuration, or a part of it, names as models and adapters, each once."""
+    found: list[str] = []
+    if isinstance(part, dict):
+        for name, value in part.items():
+            if name in ("model", "base_model") and isinstance(value, str):
+                found += value.split("+")
+            else:
+                found += named_models(value)
+    elif isinstance(part, list):
+        for value in part:
+            found += named_models(value)
+    return list(dict.fromkeys(found))
+
+
 def run(configuration: str, out: pathlib.Path, options: MergeOptions) -> None:
     """Run a whole merge in this process, as mergekit-yaml or mergekit-pytorch would."""
     document = yaml.safe_load(configuration)
-    if is_raw(document):
-        tasks = _raw_targets(document, str(out), options, union=False)
-        Executor(tasks, math_device=options.device, storage_device="cpu").execute()
-    else:
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import run_merge
+    with damage.named(named_models(document)):
+        if is_raw(document):
+            tasks = _raw_targets(document, str(out), options, union=False)
+            Executor(tasks, math_device=options.device, storage_device="cpu").execute()
+        else:
+            from mergekit.config import MergeConfiguration
+            from mergekit.merge import run_merge
 
-        run_merge(MergeConfiguration.model_validate(document), str(out), options)
+            run_merge(MergeConfiguration.model_validate(document), str(out), options)
 
 
 def _targets(document: dict[str, Any], options: MergeOptions) -> list[Task[Any]]:
@@ -201,4 +218,5 @@ def execute(plan: Plan, observe: Callable[[Prepared], None]) -> Iterator[Any]:
     """Merge tensor by tensor as mergekit would, show each before, and let go of it."""
     shown = Plan(plan.tasks, PlanOptions.of(plan.options, observe=observe))
     executor = Executor(nodes_of(shown), math_device=plan.device, storage_device="cpu")
-    yield from executor.run(quiet=True)
+    with damage.named(plan.checkpoints):
+        yield from executor.run(quiet=True)

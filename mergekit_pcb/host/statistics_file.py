@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
-from mergekit_pcb.core.dare import Dare
+from mergekit_pcb.core.dare import GENERATOR, Dare
 from mergekit_pcb.core.formulas import Balance
 from mergekit_pcb.core.measure import Recipe, Statistics
 from mergekit_pcb.errors import PCBError
@@ -82,11 +83,12 @@ class Task(Checkpoint):
 class Document(_Strict):
     """Everything that determines the statistics, and the statistics."""
 
-    format: Literal["mergekit-pcb statistics, version 2"]
+    format: Literal["mergekit-pcb statistics, version 3"]
     versions: dict[str, str]
     clip: FiniteFloat
-    #: Which elements DARE kept; null where it was off for all tasks.
+    #: Which elements DARE kept, and by which generator; null where it was off for all tasks.
     seed: int | None
+    generator: Literal["Philox4x64-10 keyed by BLAKE2b"] | None
     arithmetic: Literal["float32", "float64"]
     #: The dtype that inputs were cast to before measuring, if any.
     dtype: str | None
@@ -117,7 +119,20 @@ class Document(_Strict):
 
     def write(self, path: pathlib.Path) -> None:
         """Write all of the document or none of it."""
-        write_text(path, self.model_dump_json(indent=2) + "\n")
+        try:
+            write_text(path, self.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise PCBError(f"write {path}", str(error.strerror), "name another file") from None
+
+
+def check_target(path: pathlib.Path) -> None:
+    """Refuse a path that no document could be written to, before anything is measured."""
+    target = path.resolve()
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        reason = f"{target.parent} is no folder to write to"
+        raise PCBError(f"write {path}", reason, "name another file")
+    if target.exists() and not target.is_file():
+        raise PCBError(f"write {path}", "it is no ordinary file", "name another")
 
 
 @dataclass(frozen=True)
@@ -136,12 +151,13 @@ def compose(
     """Compose the document of what was measured."""
     base, *tasks = [Checkpoint.of(model, files) for model, files in wanted.models]
     recipe = wanted.recipe
-    seeds = {mask.seed for mask in recipe.dare if mask is not None}
+    seeds = [mask.seed for mask in recipe.dare if mask is not None]
     document = Document(
-        format="mergekit-pcb statistics, version 2",
+        format="mergekit-pcb statistics, version 3",
         versions=_versions(),
         clip=recipe.clip,
-        seed=seeds.pop() if seeds else None,
+        seed=seeds[0] if seeds else None,
+        generator=GENERATOR if seeds else None,
         arithmetic="float64" if statistics.dtype == torch.float64 else "float32",
         dtype=_name(wanted.dtype),
         base=base,

@@ -59,16 +59,30 @@ def identity(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
     return {name: torch.ones_like(tensor) for name, tensor in state.items()}
 
 
-def write(state: dict[str, torch.Tensor], file: pathlib.Path) -> None:
-    """Write all of a safetensors file or none of it."""
+def write_identity(adapter: pathlib.Path, file: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Write the :func:`identity` of an adapter: all of a safetensors file or none of it."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    def refuse(because: str, remedy: str = "name another file") -> PCBError:
+        return PCBError(f"write {file}", because, remedy)
+
+    folder = adapter.resolve() if adapter.is_dir() else adapter.resolve().parent
+    if file.suffix != ".safetensors":
+        raise refuse(
+            "mergekit-pytorch tells safetensors files by their name", "let it end in .safetensors"
+        )
+    if file.name in NAMES and file.resolve().parent == folder:
+        raise refuse("it would take the adapter's place")
+    if file.resolve() == adapter.resolve():
+        raise refuse("it is the adapter itself")
+    state = identity(adapter)
     try:
         with written_whole(file) as unfinished:
             save_file(state, unfinished, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise PCBError(f"write {file}", one_line(error), "name another file") from None
+        raise refuse(one_line(error)) from None
+    return state
 
 
 def _config(folder: pathlib.Path) -> dict[str, object]:

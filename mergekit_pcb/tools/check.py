@@ -1,7 +1,7 @@
 """What a merge would do, found before anything is read at length.
 
 The text of a configuration is checked in ``check_text.py``. Here its merge is planned, and
-shapes and dtypes of the inputs are looked at, never values.
+shapes and dtypes of the inputs are looked at, and values of a few tensors (``check_base.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mergekit_pcb.host.groups import check_shapes
 from mergekit_pcb.host.inputs import Inputs, group_of
 from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.plan import Plan, PlanOptions
-from mergekit_pcb.host.planning import plan_without_merging
+from mergekit_pcb.host.planning import named_models, plan_without_merging
+from mergekit_pcb.tools import check_base
 from mergekit_pcb.tools.check_text import Findings, check_document, dtype_of, entries, filters
 
 
@@ -76,7 +77,7 @@ def check(text: str, options: Any) -> Report:
 
 def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> None:
     """Plan the merge and look at the shapes and dtypes of its inputs."""
-    for path in _paths(document):
+    for path in named_models(document):
         if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
             report.error("plan", f"there is no {path}")
     if report.errors:
@@ -105,6 +106,8 @@ def _outlook(report: Report, plan: Plan, document: dict[str, Any]) -> Outlook:
             whole_model.reuse(inputs, pathlib.Path(path))
         except PCBError as error:
             report.error("statistics", error.format_message())
+    for remark in check_base.remarks(inputs, [str(model) for model in (plan.base, *plan.models)]):
+        report.warn("base_model", remark)
     reads = 3 if plan.scope == MODEL and not path else 1
     return _sizes(report, inputs, document, reads)
 
@@ -180,13 +183,6 @@ def _all_filters(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, setting in (owner.get("parameters") or {}).items():
             for part in filters(setting):
                 yield f"{where}.{name}", part
-
-
-def _paths(document: dict[str, Any]) -> Iterator[str]:
-    """What a configuration names as models and adapters, each once."""
-    named = [document.get("base_model"), *(e.get("model") for _, e, _ in entries(document))]
-    texts = [name for name in named if isinstance(name, str)]
-    yield from dict.fromkeys(part for text in texts for part in text.split("+"))
 
 
 def sentences(report: Report) -> Sequence[str]:

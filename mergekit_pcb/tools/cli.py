@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ import click
 import yaml
 
 import mergekit_pcb
-from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
+from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line, printable
 
 # mergekit's own options pass through a command's, to be read by _merge_options.
 _HOST_OPTIONS = {"ignore_unknown_options": True}
@@ -49,9 +48,12 @@ def _host_command(name: str, module: str) -> None:
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def run(arguments: tuple[str, ...]) -> None:
-        mergekit_pcb.register()
+        mergekit_pcb.register(replace=True)
         command: click.Command = importlib.import_module(module).main
-        command.main(list(arguments), prog_name=f"mergekit-pcb {name}")
+        status = command.main(
+            list(arguments), prog_name=f"mergekit-pcb {name}", standalone_mode=False
+        )
+        click.get_current_context().exit(status or 0)
 
 
 _host_command("yaml", "mergekit.scripts.run_yaml")
@@ -67,7 +69,8 @@ def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None
     """Look for mistakes in a configuration and say what the merge would do.
 
     Finds unknown and misplaced parameters, values out of range, inputs that are missing or of
-    different shapes, and settings that lose precision; reads shapes and dtypes, not values.
+    different shapes, settings that lose precision, and a base that the models were not trained
+    from; reads shapes and dtypes, and the values of a few tensors.
     CONFIG is for mergekit-yaml, mergekit-pytorch or mergekit-multi; OPTIONS are mergekit's own.
     Exits with 1 if there are errors; warnings alone exit with 0.
 
@@ -81,9 +84,9 @@ def check(config: pathlib.Path, as_json: bool, options: tuple[str, ...]) -> None
         click.echo(report.model_dump_json(indent=2))
     else:
         for line in check.sentences(report):
-            click.echo(line)
+            click.echo(printable(line))
     if report.errors:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 @main.command(context_settings=_HOST_OPTIONS)
@@ -112,10 +115,9 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join([row[0].ljust(len(first)), *rest]))
-    for line in remarks:
-        click.echo(line)
-    click.echo(", ".join(map(str, files)))
+        click.echo(printable("  ".join([row[0].ljust(len(first)), *rest])))
+    for line in [*remarks, ", ".join(map(str, files))]:
+        click.echo(printable(line))
 
 
 @contextlib.contextmanager
@@ -241,24 +243,15 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     Example: mergekit-pcb measure pcb.yml -o statistics.json
     """
     mergekit_pcb.register()
-    from mergekit_pcb.host import planning, whole_model
+    from mergekit_pcb.host import planning, statistics_file, whole_model
     from mergekit_pcb.host.inputs import Inputs
 
-    target = output.resolve()
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise PCBError(
-            f"write {output}", f"{target.parent} is no folder to write to", "name another file"
-        )
-    if target.exists() and not target.is_file():
-        raise PCBError(f"write {output}", "it is no ordinary file", "name another")
+    statistics_file.check_target(output)
     merge_options = _merge_options(options)
     with _explained(f"measure {config}", "correct it, or the options"):
         plan = planning.plan_without_merging(_text_of(config), merge_options)
         document = whole_model.measure_to_document(Inputs(plan))
-    try:
-        document.write(output)
-    except OSError as error:
-        raise PCBError(f"write {output}", str(error.strerror), "name another file") from None
+    document.write(output)
     click.echo(
         f"{output}: {document.tensors} tensors, {document.elements} elements, "
         f"{document.reads} reads of each checkpoint"
@@ -292,23 +285,8 @@ def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
     """
     from mergekit_pcb.tools import adapters
 
-    if output.suffix != ".safetensors":
-        raise PCBError(
-            f"write {output}",
-            "mergekit-pytorch tells safetensors files by their name",
-            "let it end in .safetensors",
-        )
-    if output.name in adapters.NAMES and output.resolve().parent == _folder(adapter):
-        raise PCBError(f"write {output}", "it would take the adapter's place", "name another file")
-    if output.resolve() == adapter.resolve():
-        raise PCBError(f"write {output}", "it is the adapter itself", "name another file")
-    state = adapters.identity(adapter)
-    adapters.write(state, output)
+    state = adapters.write_identity(adapter, output)
     click.echo(f"{output}: {len(state)} tensors, all ones")
-
-
-def _folder(path: pathlib.Path) -> pathlib.Path:
-    return path.resolve() if path.is_dir() else path.resolve().parent
 
 
 @main.command()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_pcb.errors import PCBError
+from mergekit_pcb.errors import PCBError, printable
 
 if TYPE_CHECKING:
     from mergekit_pcb.tools.counts import Report, TensorCounts
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555")
 SEQUENTIAL = "viridis"
+# Stands before names: matplotlib leaves labels that begin with an underscore out of legends.
+_LABEL = "label "
 WIDTH = 9.0  # inches; the page scales pictures to its width
 STYLE = """
 :root { color-scheme: light; }
@@ -181,6 +183,8 @@ def _svg(figure: Any) -> str:
     file = io.BytesIO()
     # A fixed salt and no date: the same report is the same file.
     with matplotlib.rc_context({"svg.hashsalt": "mergekit-pcb", "svg.fonttype": "path"}):
+        for text in figure.findobj(matplotlib.text.Text):
+            text.set_parse_math(False)  # a dollar in a name is a dollar
         figure.savefig(file, format="svg", metadata={"Date": None})
     return base64.b64encode(file.getvalue()).decode()
 
@@ -206,9 +210,9 @@ def _heat(
 ) -> Any:
     top = highest or max((v for row in values for v in row), default=0.0) or 1.0
     image = axis.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=top, aspect="auto")
-    axis.set_xticks(range(len(columns)), columns)
+    axis.set_xticks(range(len(columns)), list(map(printable, columns)))
     step = max(1, len(rows) // 40)
-    axis.set_yticks(range(0, len(rows), step), rows[::step])
+    axis.set_yticks(range(0, len(rows), step), list(map(printable, rows[::step])))
     axis.spines[:].set_visible(False)
     if len(rows) <= 40 and len(columns) <= 12:
         for i, row in enumerate(values):
@@ -224,7 +228,7 @@ def _shares(report: Report, layers: dict[str, TensorCounts]) -> str:
     places, bottom = range(len(layers)), [0.0] * len(layers)
     for number, name in enumerate(report.tasks):
         shares = [counts.share(number) for counts in layers.values()]
-        axis.bar(places, shares, 0.85, bottom=bottom, color=_colour(number), label=name)
+        axis.bar(places, shares, 0.85, bottom=bottom, color=_colour(number), label=_LABEL + name)
         bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
     _layers(axis, layers)
     axis.set_ylim(0, 1)
@@ -242,7 +246,7 @@ def _norms(report: Report, layers: dict[str, TensorCounts]) -> str:
     for number, name in enumerate(report.tasks):
         norms = [math.sqrt(g.tasks[number].task_vector_sq) for g in groups]
         values = [_part(n, b) for n, b in zip(norms, bases, strict=True)]
-        axis.plot(places, values, "o-", ms=4, color=_colour(number), label=name)
+        axis.plot(places, values, "o-", ms=4, color=_colour(number), label=_LABEL + name)
     merged = [_part(math.sqrt(g.merged_sq), b) for g, b in zip(groups, bases, strict=True)]
     axis.plot(places, merged, "k--", label="merged")
     _layers(axis, layers)
@@ -293,7 +297,7 @@ def _distribution(report: Report) -> str:
             _part(counts.tasks[number].kept, counts.elements) for counts in report.tensors.values()
         ]
         colour = _colour(number)
-        axis.hist(shares, bins=40, histtype="step", lw=1.8, color=colour, label=name)
+        axis.hist(shares, bins=40, histtype="step", lw=1.8, color=colour, label=_LABEL + name)
     axis.set_xlabel("share kept of a tensor")
     axis.set_ylabel("tensors")
     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
@@ -304,7 +308,7 @@ def _distribution(report: Report) -> str:
 def _layers(axis: Any, layers: dict[str, TensorCounts]) -> None:
     step = max(1, len(layers) // 24)
     names = list(layers)
-    axis.set_xticks(range(0, len(names), step), names[::step])
+    axis.set_xticks(range(0, len(names), step), list(map(printable, names[::step])))
     if max(map(len, names)) > 5:
         axis.tick_params(axis="x", rotation=90)
     axis.set_xlabel("layer")
@@ -312,10 +316,12 @@ def _layers(axis: Any, layers: dict[str, TensorCounts]) -> None:
 
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
+    legend = figure.legend(
         handles, labels, loc="outside upper right", ncols=min(6, len(labels)), frameon=False,
         fontsize=9,
     )  # fmt: skip
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(printable(label.removeprefix(_LABEL)))
 
 
 def _colour(number: int) -> str:

@@ -107,10 +107,17 @@ def write(report: Report, page: str, folder: pathlib.Path) -> list[pathlib.Path]
             written_whole(table) as unfinished,
             unfinished.open("w", encoding="utf-8", newline="") as rows,
         ):
-            csv.writer(rows).writerows(csv_rows(report))
+            table_rows = ([_cell(value) for value in row] for row in csv_rows(report))
+            csv.writer(rows).writerows(table_rows)
     except OSError as error:
         raise PCBError(f"write {folder}", str(error.strerror), "name another folder") from None
     return [html, data, table]
+
+
+def _cell(value: Any) -> Any:
+    """A value that no spreadsheet computes: OWASP's advice on CSV injection, a quote before it."""
+    computed = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n")
+    return f"'{value}" if computed else value
 
 
 def csv_rows(report: Report) -> Iterable[list[Any]]:

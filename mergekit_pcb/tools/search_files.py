@@ -7,6 +7,7 @@ that was killed goes on by replaying its log.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,16 +15,18 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import yaml
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from mergekit_pcb.core.dare import GENERATOR
 from mergekit_pcb.core.merge import contributions
-from mergekit_pcb.errors import PCBError
+from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.files import write_text
 from mergekit_pcb.host import planning
 from mergekit_pcb.host.method import Prepared
@@ -37,7 +40,7 @@ from mergekit_pcb.tools.search import (
 )
 from mergekit_pcb.tools.search_job import Job, configured, space_of
 
-FORMAT = "mergekit-pcb search, version 1"
+FORMAT = "mergekit-pcb search, version 2"
 NUMBER = re.compile(
     r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\bnan\b|[-+]?\binf\b", re.IGNORECASE
 )
@@ -62,11 +65,12 @@ def run(job: Job, options: Any, *, resume: bool) -> Found:
         for trial in trials:
             before = found.best
             found.trials.append(trial)
-            if trial.trial > len(past):
-                _append(job.log, trial.model_dump_json())
             best = found.best
-            if best is not None and (best is not before or not job.output.exists()):
-                _write_best(job, best)
+            with _written(job.folder):
+                if trial.trial > len(past):
+                    _append(job.log, trial.model_dump_json())
+                if best is not None and (best is not before or not job.output.exists()):
+                    _write_best(job, best)
             if trial.error is not None and trial.trial > len(past):
                 bar.write(f"trial {trial.trial} failed: {trial.error}")
             bar.set_postfix_str("none succeeded" if best is None else f"best {best.score:g}")
@@ -77,10 +81,11 @@ def run(job: Job, options: Any, *, resume: bool) -> Found:
 
 def _past(job: Job, *, resume: bool) -> list[Trial]:
     """The trials of an earlier run, or a new log."""
-    header = json.dumps({"format": FORMAT, "digest": job.digest()})
+    header = json.dumps({"format": FORMAT, "generator": GENERATOR, "digest": job.digest()})
     if not job.log.exists():
-        job.folder.mkdir(parents=True, exist_ok=True)
-        _append(job.log, header)
+        with _written(job.folder):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            _append(job.log, header)
         return []
     if not resume:
         raise PCBError(
@@ -93,7 +98,7 @@ def _past(job: Job, *, resume: bool) -> list[Trial]:
     if first.strip() != header:
         raise PCBError(
             f"resume the search in {job.folder}",
-            "it was begun with another configuration, command or options",
+            "it was begun with another configuration, command, options or version",
             "use the same, or remove that folder",
         )
     trials = []
@@ -155,6 +160,19 @@ def _score(job: Job, model: pathlib.Path) -> float:
     return float(numbers[-1])
 
 
+@contextlib.contextmanager
+def _written(place: pathlib.Path) -> Iterator[None]:
+    """Turn a disk that is full, or refuses, into a sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise PCBError(
+            f"write to {place}",
+            one_line(error),
+            "make room there and continue the search with --resume",
+        ) from None
+
+
 class _Merges:
     """Makes a trial's model: a weighted sum, or a whole merge where densities change."""
 
@@ -166,6 +184,17 @@ class _Merges:
         self._trial = job.folder / "trial"
 
     def trial(self, weights: Sequence[float], shared: dict[str, float]) -> pathlib.Path:
+        """The folder of a trial's model; what cannot be written whole is removed."""
+        with _written(self._job.folder):
+            try:
+                return self._made(weights, shared)
+            except BaseException:
+                shutil.rmtree(self._trial, ignore_errors=True)
+                if not (self._parts / "index.json").exists():
+                    self.clean()
+                raise
+
+    def _made(self, weights: Sequence[float], shared: dict[str, float]) -> pathlib.Path:
         shutil.rmtree(self._trial, ignore_errors=True)
         if not self._linear:
             changed = configured(self._job.configuration, weights, shared)
@@ -205,14 +234,21 @@ class _Merges:
 
         observed = PlanOptions.of(self._options, observe=keep)
         self._merge(self._job.configuration, self._skeleton, observed)
-        write_text(self._parts / "index.json", json.dumps(index))
+        stored = {"format": FORMAT, "generator": GENERATOR, "tensors": index}
+        write_text(self._parts / "index.json", json.dumps(stored))
 
     def _sum(self, weights: Sequence[float], scale: float | None) -> None:
         """Write the sum for these values; for those that are not searched, as they were merged."""
-        from safetensors import safe_open
         from safetensors.torch import load_file, save_file
 
-        index = json.loads((self._parts / "index.json").read_text())
+        stored = json.loads((self._parts / "index.json").read_text())
+        if (stored.get("format"), stored.get("generator")) != (FORMAT, GENERATOR):
+            raise PCBError(
+                f"use the contributions in {self._parts}",
+                "another version of mergekit-pcb stored them, under other masks",
+                "remove that folder",
+            )
+        index = stored["tensors"]
         self._trial.mkdir()
         for file in self._skeleton.iterdir():
             if file.suffix != ".safetensors":

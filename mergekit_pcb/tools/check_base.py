@@ -1,0 +1,90 @@
+"""Whether the base is the base: the commonest mistake, looked for in a few tensors.
+
+Experts of an instruct model over the pretrained one (or the reverse) share the whole step
+between the two. Their task vectors then point the same way, and their size is that of the
+step. Task vectors of experts that were trained from the base hardly do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.host.inputs import Inputs
+from mergekit_pcb.host.plan import Plan
+
+#: Bytes that are read at most, of all inputs together.
+BUDGET = 256 * 2**20
+#: Tensors that are looked at, spread over the model.
+TENSORS = 8
+#: Cosine of two task vectors from which on more of them is shared than is their own.
+SHARED = 0.5
+#: A task vector of such a size, relative to the base, is no fine-tuning.
+FAR = 0.7
+
+
+def remarks(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
+    """What the task vectors say of the base; ``names`` are the models', the base's first."""
+    sums = _products(_sample(inputs))
+    if sums is None:
+        return
+    base, *norms = [math.sqrt(float(sums[i, i])) for i in range(len(sums))]
+    tasks = range(1, len(sums))
+    cosine = {
+        (i, j): float(sums[i, j]) / (norms[i - 1] * norms[j - 1])
+        for i in tasks
+        for j in tasks
+        if i < j and norms[i - 1] and norms[j - 1]
+    }
+    alike = {pair: value for pair, value in cosine.items() if value > SHARED}
+    if alike:
+        models = sorted({i for pair in alike for i in pair})
+        sizes = [100 * norms[i - 1] / base for i in models] if base else [math.inf]
+        yield (
+            f"the changes of {_list([names[i] for i in models])} point the same way (cosines from "
+            f"{min(alike.values()):.2f}, sizes from {min(sizes):.2g} % of the base's): either "
+            f"{names[0]} is not the model they were trained from, such as a pretrained model under "
+            "experts of its instruct version, or they are versions of one model; choose the base "
+            "they were trained from"
+        )
+    for i in tasks:
+        if base and norms[i - 1] > FAR * base:
+            yield (
+                f"{names[i]} lies as far from {names[0]} as models with nothing in common "
+                f"({100 * norms[i - 1] / base:.0f} % of its size); choose the base that it was "
+                "trained from"
+            )
+
+
+def _sample(inputs: Inputs) -> Iterator[Aligned]:
+    """Matrices that all models have alike, spread over the model, within the budget."""
+    plan = inputs.plan
+    fitting = [
+        task
+        for task in plan.tasks
+        if (size := inputs.sizes.get(task.output_weight.name)) is not None
+        and task.output_weight.vocabulary_axis is None
+        and 0 < size.nbytes <= BUDGET // TENSORS
+        and size.dimensions >= 2
+    ]
+    step = max(1, len(fitting) // TENSORS)
+    chosen = fitting[step // 2 :: step][:TENSORS]
+    if chosen:
+        yield from Inputs(Plan(chosen, plan.options)).tensors(torch.device("cpu"))
+
+
+def _products(tensors: Iterator[Aligned]) -> torch.Tensor | None:
+    """Inner products of the base and all task vectors, summed over tensors."""
+    total = None
+    for tensor in tensors:
+        base = tensor.base.double()
+        rows = torch.stack([base, *(task.double() - base for task in tensor.tasks)])
+        total = rows @ rows.T if total is None else total + rows @ rows.T
+    return total if total is not None and total.isfinite().all() else None
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
