@@ -18,7 +18,7 @@ import torch
 from mergekit.merge_methods import merge_tensors
 
 from benchmarks.measuring import machine
-from mergekit_pcb.core.dare import Dare
+from mergekit_pcb.core.dare import Dare, Mask
 
 TASKS = 3
 WALKS = 3
@@ -63,10 +63,10 @@ def merge(tensors: list[torch.Tensor], **more: float) -> torch.Tensor:
 
 
 def kept(device: torch.device) -> torch.Tensor:
-    """Which of 2^24 elements DARE keeps, decided on a device."""
-    ones = torch.ones(1 << 24, device=device)
-    scratch = torch.empty_like(ones), torch.empty_like(ones)
-    return (Dare(0.3, 0, 0).apply_(ones, "w", 12345, scratch) != 0).cpu()
+    """Which of 2^24 elements DARE keeps, applied on a device."""
+    ones, start = torch.ones(1 << 24, device=device), 12345
+    mask = Mask(Dare(0.3, 0, 0), "w", start + len(ones))
+    return (mask.apply_(ones, start, torch.empty_like(ones)) != 0).cpu()
 
 
 @click.command()

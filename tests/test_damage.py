@@ -192,7 +192,7 @@ def test_legends_show_every_name(monkeypatch):
 
 def test_errors_show_names_too(tmp_path):
     config = tmp_path / "c.yml"
-    config.write_text(yaml.safe_dump(configuration(["/no/\x1b[31mbase", "/no/b"])))
+    config.write_text(yaml.safe_dump(configuration(["/no/\x1b[31mbase", "/no/\x1b[31mbases"])))
     result = run("mergekit-pcb", "measure", config, "-o", tmp_path / "s.json", check=False)
     assert result.returncode == 1
     assert "\x1b" not in result.stderr

@@ -151,6 +151,17 @@ def test_a_task_that_dodged_the_planning_merges_where_it_does_not():
     assert torch.allclose(task.execute(given), expected, rtol=1e-12)
 
 
+def test_a_node_that_is_not_given_what_was_measured_refuses():
+    from mergekit_pcb.host.nodes import nodes_of
+    from mergekit_pcb.host.plan import Plan
+
+    plain, models = plain_task(scope="model")
+    (node,) = nodes_of(Plan([plain], MergeOptions()))
+    assert set(node.arguments()) == {"tensors", "measured"}
+    with pytest.raises(mergekit_pcb.PCBError, match="cannot use scope: model for tensor w"):
+        node.execute({model: torch.randn(9, 7) for model in models})
+
+
 def test_a_host_that_plans_otherwise_is_said_once_and_refused(tmp_path, family):
     """A later mergekit, played by one more parameter of its planner."""
     folder = tmp_path / "later"

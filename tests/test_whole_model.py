@@ -247,6 +247,7 @@ def test_lora_adapters_are_merged_into_their_base_before_measuring(tmp_path):
             "some tensors within the whole model",
         ),
         ({"scope": "modle"}, "use scope: 'modle'"),
+        ({"statistics": [{"filter": "mlp", "value": "a.json"}]}, "use several statistics"),
     ],
 )
 def test_what_would_make_the_model_ambiguous_is_refused_before_reading(

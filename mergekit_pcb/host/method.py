@@ -217,21 +217,23 @@ def in_memory(
 
 def _unplanned(group: TensorGroup, values: Values) -> Known:
     """What is known of a tensor whose merge was not planned by this package: only itself."""
-    asked = None
     if values["scope"] == MODEL or values["statistics"]:
-        asked = "scope: model"
-    elif any(density < 1 for density in values["dare_density"].values()):
-        asked = "dare_density"  # masks go by position, and models without the tensor are not seen
-    if asked:
-        raise PCBError(
-            f"use {asked} for tensor {name_of(group)}",
-            "this merge was not planned by mergekit-pcb, which so knows neither its other "
-            "tensors nor its other models (the plan was made by hand, by another mergekit than "
-            "0.1.5, or behind a wrapper)",
-            "run it with `mergekit-pcb yaml` or mergekit's own commands, version 0.1.5, or use "
-            "scope: tensor without DARE",
-        )
+        raise _not_planned("scope: model", group)
+    # Masks go by position, and models that lack the tensor are not seen.
+    if any(density < 1 for density in values["dare_density"].values()):
+        raise _not_planned("dare_density", group)
     return Known([task.id for task in group.non_base])
+
+
+def _not_planned(asked: str, group: TensorGroup) -> PCBError:
+    return PCBError(
+        f"use {asked} for tensor {name_of(group)}",
+        "this merge was not planned by mergekit-pcb, which so knows neither its other tensors nor "
+        "its other models (the plan was made by hand, by another mergekit than 0.1.5, or behind a "
+        "wrapper)",
+        "run it with `mergekit-pcb yaml` or mergekit's own commands, version 0.1.5, or use scope: "
+        "tensor without DARE",
+    )
 
 
 def prepare(group: TensorGroup, parameters: Values) -> Prepared:
@@ -241,6 +243,8 @@ def prepare(group: TensorGroup, parameters: Values) -> Prepared:
     # An optional tensor may be missing in some of the models.
     positions = [known.tasks.index(task) for task in ids]
     if known.statistics is None:
+        if parameters["scope"] == MODEL:  # an executor that dropped an argument
+            raise _not_planned("scope: model", group)
         statistics = measure_together([flat], recipe_of(parameters, ids, positions))
     else:
         if not known.measured:

@@ -96,6 +96,12 @@ def scope_of(tensors: Sequence[tuple[str, Values]]) -> str:
                 f"scope is {first['scope']} for {first_name} and {values['scope']} for {name}",
                 "write one scope, without a filter, under the top-level `parameters:`",
             )
+        if values["statistics"] != first["statistics"]:
+            raise PCBError(
+                f"use several statistics, {first['statistics']!r} and {values['statistics']!r}",
+                f"all tensors are ranked together, but {name} names others than {first_name}",
+                "write one path, without a filter, under the top-level `parameters:`",
+            )
     return str(first["scope"])
 
 

@@ -166,6 +166,8 @@ def _written(place: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # the Hub's client, of a model that it cannot find
         raise PCBError(
             f"write to {place}",
             one_line(error),
