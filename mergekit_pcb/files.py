@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from mergekit_pcb.errors import PCBError, one_line
+
 
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -19,6 +21,19 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # the folder may be none
             unfinished.unlink(missing_ok=True)
+
+
+def check_target(path: pathlib.Path) -> None:
+    """Refuse a path that no file could be written to, before the work that fills it."""
+    try:
+        target = path.resolve()
+        if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+            reason = f"{target.parent} is no folder to write to"
+            raise PCBError(f"write {path}", reason, "name another file")
+        if target.exists() and not target.is_file():
+            raise PCBError(f"write {path}", "it is no ordinary file", "name another")
+    except OSError as error:
+        raise PCBError(f"write {path}", one_line(error), "name another file") from None
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -397,3 +397,196 @@ def test_register_is_a_complete_installation_where_the_hook_is_switched_off(tmp_
         assert result.returncode == 0, result.stderr
     expected, _ = merge(tmp_path / "m", configuration(family, parameters={"scope": "model"}))
     assert all(torch.equal(tensors(out)[n], t) for n, t in tensors(expected).items())
+
+
+# --- What an attack by hand found -----------------------------------------------------------
+
+
+def invoked(*arguments):
+    result = CliRunner().invoke(cli.main, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Single files of a base and two experts, and their configuration."""
+    files = []
+    for number, name in enumerate(("base", "a", "b")):
+        generator = torch.Generator().manual_seed(number)
+        state = {"w": torch.randn(9, 7, generator=generator), "empty": torch.zeros(0, 5)}
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file(state, files[-1])
+    config = tmp_path / "c.yml"
+    config.write_text(yaml.safe_dump(configuration(files, parameters={"scope": "model"})))
+    return config, files
+
+
+@pytest.mark.parametrize("target", ["fifo", "configuration", "model", "link to a model"])
+@pytest.mark.parametrize("command", ["measure", "search"])
+def test_outputs_replace_neither_inputs_nor_what_is_no_file(tmp_path, small, command, target):
+    import os
+
+    config, files = small
+    (tmp_path / "link").symlink_to(files[1])
+    os.mkfifo(tmp_path / "fifo")
+    places = {"fifo": tmp_path / "fifo", "configuration": config, "model": files[1]}
+    output = places.get(target, tmp_path / "link")
+    before = {file: file.read_bytes() for file in (config, *files)}
+    more = ["--evaluate", "echo {model} 1"] if command == "search" else []
+    result = invoked(command, config, "-o", output, *more)
+    assert result.exit_code == 1
+    assert f"cannot write {output}; because it " in result.output
+    assert {file: file.read_bytes() for file in before} == before
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_empty_tensors_in_a_whole_model(tmp_path, small):
+    config, files = small
+    run("mergekit-pytorch", config, tmp_path / "out")
+    merged, base = tensors(tmp_path / "out"), tensors(files[0])
+    assert merged["empty"].shape == (0, 5)
+    assert not torch.equal(merged["w"], base["w"])
+
+
+@pytest.mark.parametrize("damage", ["nothing", "values", "index", "missing"])
+def test_a_resumed_search_does_not_trust_what_it_finds(tmp_path, small, monkeypatch, damage):
+    config, _ = small
+    made, real, measured = [], search_files._Merges._sum, []
+    measure = search_files._Merges._measure
+
+    def stopped(self, *args):
+        made.append(args)
+        real(self, *args)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_files._Merges, "_sum", stopped)
+    monkeypatch.setattr(
+        search_files._Merges, "_measure", lambda self: measured.append(1) or measure(self)
+    )
+    score = "sha256sum {model}/model.safetensors | tr -d a-f | cut -c1-7"
+    command = ["search", config, "--evaluate", score, "--budget", 5, "-o", tmp_path / "best.yml"]
+    invoked(*command)
+    folder = tmp_path / "best.search"
+    parts = folder / "contributions"
+    if damage == "values":
+        file = sorted(parts.glob("*.safetensors"))[-1]
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 64
+        file.write_bytes(content)
+    elif damage == "index":
+        (parts / "index.json").write_text("[]")
+    elif damage == "missing":
+        sorted(parts.glob("*.safetensors"))[0].unlink()
+    assert invoked(*command, "--resume").exit_code == 0
+    assert len(measured) == (1 if damage == "nothing" else 2)
+    resumed = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()[1:]]
+    invoked(*command, "--work", tmp_path / "fresh")
+    lines = (tmp_path / "fresh" / "trials.jsonl").read_text().splitlines()[1:]
+    fresh = [json.loads(line) for line in lines]
+    assert [t["score"] for t in resumed] == [t["score"] for t in fresh]
+
+
+def test_a_search_does_not_go_on_with_other_models(tmp_path, small):
+    config, files = small
+    command = ["search", config, "--evaluate", "echo {model} 1", "--budget", 2]
+    command += ["-o", tmp_path / "best.yml"]
+    assert invoked(*command).exit_code == 0
+    state = tensors(files[1])
+    save_file({**state, "w": state["w"] + 1}, files[1])
+    result = invoked(*command, "--resume")
+    assert result.exit_code == 1
+    assert "begun with other models" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--bounds", "-1e308", "1e308"], "bound nothing to search"),
+        (["--seed", "-1"], "--seed"),
+        (["--timeout", "0"], "--timeout"),
+    ],
+)
+def test_searches_of_nothing(tmp_path, small, options, complaint):
+    command = ["search", small[0], "--evaluate", "echo {model} 1", "-o", tmp_path / "o.yml"]
+    result = invoked(*command, *options)
+    assert result.exit_code in (1, 2)
+    assert complaint in result.output
+    assert not (tmp_path / "o.search").exists()
+
+
+def test_statistics_that_are_no_file(tmp_path, small):
+    import os
+
+    config, files = small
+    os.mkfifo(tmp_path / "fifo")
+    parameters = {"scope": "model", "statistics": str(tmp_path / "fifo")}
+    config.write_text(yaml.safe_dump(configuration(files, parameters=parameters)))
+    result = invoked("check", config)
+    assert "it is no ordinary file" in result.output
+
+
+@pytest.mark.parametrize("role", ["expert", "base"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_one_model_under_two_names(tmp_path, small, role, scope):
+    config, files = small
+    (tmp_path / "link.safetensors").symlink_to(files[0 if role == "base" else 1])
+    names = [*files, tmp_path / "link.safetensors"]
+    config.write_text(yaml.safe_dump(configuration(names, parameters={"scope": scope})))
+    result = run("mergekit-pytorch", config, tmp_path / "out", check=False)
+    assert result.returncode == 1
+    assert "they are one model under two names" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_dtype_that_mergekit_does_not_know(tmp_path, small, scope):
+    config, files = small
+    made = configuration(files, parameters={"scope": "model"}, dtype="bf16")
+    config.write_text(yaml.safe_dump(made))
+    result = invoked("measure", config, "-o", tmp_path / f"{scope}.json")
+    assert "cannot use dtype: bf16; because mergekit knows no such dtype" in result.output
+
+
+def test_check_knows_the_dtypes_that_mergekit_knows(small):
+    config, files = small
+    for name in ("half", "float", "float8_e4m3fn"):
+        config.write_text(yaml.safe_dump(configuration(files, out_dtype=name)))
+        assert f"error: out_dtype: {name} is none" in invoked("check", config).output
+
+
+BOMB = "a: &a [1]\n" + "".join(
+    f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in ("ab", "bc", "cd", "de", "ef", "fg")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("merge_method: pcb\n---\n", "a document in it is empty"),
+        ("merge_method: pcb\nparameters:\n  density: 1\n  density: 0.5\n", "density stands twice"),
+        ("density: " + "[" * 3000, "it is not YAML"),
+        ("density: " + "9" * 5000, "it is not YAML"),
+        (BOMB + "merge_method: pcb\nparameters: {density: *g}\n", "mergekit ignores"),
+        ("name: x\nmerge_method: pcb\n---\nname: x\nmerge_method: pcb\n", "stages"),
+    ],
+    ids=["empty document", "twice", "deep", "long", "bomb", "one name twice"],
+)
+def test_yaml_that_hands_get_wrong(tmp_path, text, complaint):
+    config = tmp_path / "c.yml"
+    config.write_text(text)
+    result = invoked("check", config)
+    assert result.exit_code == 1
+    assert complaint in result.output
+    assert len(result.output) < 20_000
+
+
+def test_tensors_in_memory_of_unusual_kinds():
+    from mergekit.merge_methods import merge_state_dicts
+
+    states = [{"w": torch.randn(4, 4)} for _ in range(3)]
+    found = merge_state_dicts(states, "pcb", base=0, out_dtype=torch.float8_e4m3fn)
+    assert found["w"].dtype == torch.float8_e4m3fn
+    sparse = [{"w": torch.eye(3).to_sparse()} for _ in range(3)]
+    with pytest.raises(mergekit_pcb.PCBError, match="it is sparse"):
+        merge_state_dicts(sparse, "pcb", base=0)

@@ -150,7 +150,10 @@ def test_a_killed_search_resumes_and_repeats_nothing(place):
     again = log_of(place / "fresh")
     assert [(trial["weights"], trial["score"]) for trial in again] == interrupted
     other = run("mergekit-pcb", "search", *arguments(place, "--resume", "--seed", 1), check=False)
-    assert "begun with another configuration, command, options or version" in other.stderr
+    assert (
+        "begun with other models, another configuration, command, options or version"
+        in other.stderr
+    )
 
 
 def test_failing_trials_count_as_worst_and_say_why(place):

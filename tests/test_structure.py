@@ -22,7 +22,7 @@ ARROWS = {
     "__main__": {"tools.cli"},
     "_autoload": {"errors", "host.method", "host.planning"},
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "state_dicts": {
         "core.merge",
         "core.vectors",
@@ -106,7 +106,7 @@ ARROWS = {
     "tools.figures": {"errors", "tools.counts"},  # the last only for type checkers
     "tools.report": {"errors", "files", "host.planning", "tools.counts"},
     "tools.search": {"errors", "state_dicts"},
-    "tools.search_job": {"errors", "tools.search"},
+    "tools.search_job": {"errors", "host.planning", "tools.search"},
     "tools.search_files": {
         "core.dare",
         "core.merge",
@@ -115,14 +115,15 @@ ARROWS = {
         "host.method",
         "host.plan",
         "host.planning",
+        "host.statistics_file",
         "tools.search",
         "tools.search_job",
     },
     "tools.cli": {
         "errors",
+        "files",
         "host.inputs",
         "host.planning",
-        "host.statistics_file",
         "host.whole_model",
         "tools.adapters",
         "tools.check",

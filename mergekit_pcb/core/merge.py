@@ -30,7 +30,7 @@ def merge(
     :class:`~mergekit_pcb.core.measure.OutOfRangeError` where that dtype cannot hold the result.
     """
     competing = _competing(statistics)
-    if not competing or scale == 0:
+    if not competing or scale == 0 or not len(aligned):
         return aligned.base.clone()
     signed_weights = [-scale * weight for weight in weights]
     if max(map(abs, signed_weights)) > torch.finfo(statistics.dtype).max:

@@ -32,11 +32,13 @@ def aligned(group: TensorGroup) -> Aligned:
             f"it holds {base.tensor.dtype}, and task vectors need floating point",
             "copy it from the base model instead",
         )
+    if any(entry.tensor.layout != torch.strided for entry in group.entries):
+        raise PCBError(f"merge tensor {name}", "it is sparse", "call to_dense() first")
     return Aligned.of(name, base.tensor, [task.tensor for task in tasks])
 
 
 def name_of(group: TensorGroup) -> str:
-    return group.metadata.name or "(unnamed)"
+    return "(unnamed)" if group.metadata.name is None else group.metadata.name
 
 
 def check_shapes(group: TensorGroup) -> None:

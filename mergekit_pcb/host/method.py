@@ -166,7 +166,7 @@ class PCBMerge(GroupMergeMethod):
         )
         for group, tensor in zip(groups, merged, strict=True):
             # The methods' own check was of the dtype before this cast.
-            if out_dtype is not None and not tensor.isfinite().all():
+            if out_dtype is not None and not _finite(tensor):
                 raise PCBError(
                     f"store tensor {group.metadata.name}",
                     f"its values do not fit into {out_dtype}",
@@ -213,6 +213,12 @@ def in_memory(
         {**values, KNOWN: Known(tasks, statistics, measured=statistics is not None)}
         for values, tasks in zip(parameters, ids, strict=True)
     ]
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype.itemsize == 1:  # torch's float8 have no isfinite
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
 
 
 def _unplanned(group: TensorGroup, values: Values) -> Known:

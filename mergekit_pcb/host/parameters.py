@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from mergekit_pcb.core import rules
 from mergekit_pcb.core.measure import Recipe
 from mergekit_pcb.core.rules import MODEL, TENSOR, Rule
 from mergekit_pcb.errors import PCBError
+
+_SHORT = reprlib.Repr()  # what a user gave may be long
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Parameter(ParameterSpec):
             return self.rule.read(value)
         except (TypeError, ValueError, OverflowError):
             raise PCBError(
-                f"use {self.name}: {value!r}", self.rule.because, self.rule.remedy
+                f"use {self.name}: {_SHORT.repr(value)}", self.rule.because, self.rule.remedy
             ) from None
 
 

@@ -7,11 +7,12 @@ refuses what would make "the whole model" ambiguous. It reads nothing.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from mergekit.common import get_torch_accelerator_type
+from mergekit.common import dtype_from_name, get_torch_accelerator_type
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
@@ -53,6 +54,7 @@ class Plan:
             self._check_models()
             recipes = [(name, recipe_of(values, self.models)) for name, values in named]
             self.recipe = one_recipe(recipes)
+        self._check_paths()
         self.statistics_file = str(self.tasks[0].parameters["statistics"])
 
     @property
@@ -86,7 +88,15 @@ class Plan:
                 if hasattr(load, "gather_tensors")
                 else next(iter(load.tensors.values()))
             )
-        return getattr(torch, load.dtype.removeprefix("torch.")) if load.dtype else None
+        try:
+            found: torch.dtype | None = dtype_from_name(load.dtype)
+        except RuntimeError:
+            raise PCBError(
+                f"use dtype: {load.dtype}",
+                "mergekit knows no such dtype",
+                "write float32, bfloat16 or float16",
+            ) from None
+        return found
 
     @property
     def tokenizer(self) -> BuildTokenizer | None:
@@ -101,6 +111,21 @@ class Plan:
 
     def values(self) -> Iterator[Values]:
         return map(values_of, self.tasks)
+
+    def _check_paths(self) -> None:
+        """Refuse one model under two spellings of its path."""
+        for order in dict.fromkeys(task.model_order for task in self.tasks):
+            seen: dict[tuple[str, str], Any] = {}
+            for model in order:
+                path = pathlib.Path(model.model.path)
+                place = str(path.resolve()), str(model.lora)
+                if place in seen and path.exists():
+                    raise PCBError(
+                        f"merge {model} beside {seen[place]}",
+                        "they are one model under two names, and every task vector competes once",
+                        "list the model once, and the base only as the base",
+                    )
+                seen[place] = model
 
     def _check_models(self) -> None:
         first = self.tasks[0]

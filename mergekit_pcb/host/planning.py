@@ -151,9 +151,8 @@ def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
 
 
 def is_raw(document: dict[str, Any]) -> bool:
-    """Whether a configuration is for mergekit-pytorch: its base model is a file."""
-    base = document.get("base_model")
-    return isinstance(base, str) and pathlib.Path(base).is_file()
+    """Whether a configuration is for mergekit-pytorch: the models it names are files."""
+    return any(pathlib.Path(name).is_file() for name in named_models(document)[:2])
 
 
 def named_models(part: Any) -> list[str]:
@@ -169,6 +168,19 @@ def named_models(part: Any) -> list[str]:
         for value in part:
             found += named_models(value)
     return list(dict.fromkeys(found))
+
+
+def refuse_to_overwrite(output: pathlib.Path, config: pathlib.Path, document: Any) -> None:
+    """Refuse an output that is the configuration or lies in a model it names."""
+    target = output.resolve()
+    if target == config.resolve():
+        raise PCBError(f"write {output}", "it is the configuration itself", "name another file")
+    for name in named_models(document):
+        place = pathlib.Path(name).resolve()
+        if place.exists() and (target == place or place in target.parents):
+            raise PCBError(
+                f"write {output}", f"it belongs to the model {name}", "name another file"
+            )
 
 
 def run(configuration: str, out: pathlib.Path, options: MergeOptions) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,13 +40,13 @@ class File(_Strict):
     @classmethod
     def of(cls, path: pathlib.Path) -> File:
         status = path.stat()
-        return cls(size=status.st_size, modified_ns=status.st_mtime_ns, digest=_digest(path))
+        return cls(size=status.st_size, modified_ns=status.st_mtime_ns, digest=digest(path))
 
     def is_still(self, path: pathlib.Path) -> bool:
         status = path.stat()
         if status.st_size != self.size:
             return False
-        return status.st_mtime_ns == self.modified_ns or _digest(path) == self.digest
+        return status.st_mtime_ns == self.modified_ns or digest(path) == self.digest
 
 
 class Checkpoint(_Strict):
@@ -125,16 +124,6 @@ class Document(_Strict):
             raise PCBError(f"write {path}", str(error.strerror), "name another file") from None
 
 
-def check_target(path: pathlib.Path) -> None:
-    """Refuse a path that no document could be written to, before anything is measured."""
-    target = path.resolve()
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        reason = f"{target.parent} is no folder to write to"
-        raise PCBError(f"write {path}", reason, "name another file")
-    if target.exists() and not target.is_file():
-        raise PCBError(f"write {path}", "it is no ordinary file", "name another")
-
-
 @dataclass(frozen=True)
 class Wanted:
     """What determines the statistics of a merge; models and their files begin with the base."""
@@ -188,6 +177,8 @@ def compose(
 def read(path: pathlib.Path) -> Document:
     """Read a document; refuses one that is missing, damaged or edited by hand."""
     remedy = "measure again with `mergekit-pcb measure`"
+    if path.exists() and not path.is_file():
+        raise PCBError(f"use statistics {path}", "it is no ordinary file", remedy)
     try:
         document = Document.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -248,12 +239,12 @@ def digest_of(lines: Iterable[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
-def _digest(path: pathlib.Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(path: pathlib.Path) -> str:
+    found = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()
 
 
 def _described(mask: Dare | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 import yaml
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
+from mergekit.scripts import multimerge
 from pydantic import BaseModel
 
 from mergekit_pcb.core.rules import MODEL
@@ -25,7 +26,14 @@ from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.plan import Plan, PlanOptions
 from mergekit_pcb.host.planning import named_models, plan_without_merging
 from mergekit_pcb.tools import check_base
-from mergekit_pcb.tools.check_text import Findings, check_document, dtype_of, entries, filters
+from mergekit_pcb.tools.check_text import (
+    Findings,
+    UniqueKeys,
+    check_document,
+    dtype_of,
+    entries,
+    filters,
+)
 
 
 class Outlook(BaseModel):
@@ -59,20 +67,36 @@ def check(text: str, options: Any) -> Report:
     """
     report = Report()
     try:
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
-    except yaml.YAMLError as error:
+        parts = list(yaml.load_all(text, UniqueKeys))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         report.error("file", f"it is not YAML: {one_line(error)}")
         return report
+    documents = [part for part in parts if part is not None]
     if not documents:
         report.error("file", "it is empty")
+    elif len(documents) < len(parts):
+        report.error(
+            "file", "a document in it is empty, which mergekit cannot read; remove a `---`"
+        )
     several = len(documents) > 1
     for number, document in enumerate(documents):
         name = document.get("name") if isinstance(document, dict) else None
         prefix = f"stage {name or number + 1}: " if several else ""
         check_document(report, document, prefix, {"name"} if several else set())
-    if not several and not report.errors:
+    if several and not report.errors:
+        _check_stages(report, text, options)
+    elif not report.errors:
         _look(report, text, documents[0], options)
     return report
+
+
+def _check_stages(report: Report, text: str, options: Any) -> None:
+    """Let mergekit-multi find out which stage feeds which."""
+    try:
+        stages, dependencies = multimerge.load_config(text, "")
+        multimerge.make_tasks(stages, dependencies, options, "", "merged", lazy=True)
+    except HOST_ERRORS as error:
+        report.error("stages", f"mergekit-multi cannot run them: {one_line(error)}")
 
 
 def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
+import yaml
+from mergekit.common import dtype_from_name
 from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
@@ -28,6 +30,20 @@ from mergekit_pcb.host.planning import is_raw
 ERROR: Literal["error"] = "error"
 WARNING: Literal["warning"] = "warning"
 PER_MODEL = sorted(s.name for s in PARAMETERS if s.scope == ParameterScope.NON_BASE)
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key stands twice; elsewhere the last one silently wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands twice, and the first is lost", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 class Finding(BaseModel):
@@ -76,7 +92,7 @@ def check_document(report: Findings, document: Any, prefix: str, extra: set[str]
     _check_parameters(report, document, f"{prefix}parameters", per_model=False)
     for name in ("dtype", "out_dtype"):
         chosen = dtype_of(document.get(name))
-        if document.get(name) is not None and (chosen is None or not chosen.is_floating_point):
+        if document.get(name) and (chosen is None or not chosen.is_floating_point):
             report.error(prefix + name, f"{document[name]} is none; write float32 or bfloat16")
     base = document.get("base_model")
     for where, entry, fields in entries(document):
@@ -167,14 +183,15 @@ def _suggestion(name: Any, known: Iterable[str]) -> str:
 
 
 def _scalars(setting: Any) -> Iterator[Any]:
-    """The values of a setting: one, a gradient, or filters of either."""
-    if isinstance(setting, dict):
-        yield from _scalars(setting.get("value"))
-    elif isinstance(setting, list):
-        for part in setting:
-            yield from _scalars(part)
-    else:
-        yield setting
+    """The values of a setting: one, a gradient, or filters of either; what is shared, once."""
+    waiting, seen = [setting], set()
+    while waiting:
+        part = waiting.pop(0)
+        if not isinstance(part, (dict, list)):
+            yield part
+        elif id(part) not in seen:
+            seen.add(id(part))
+            waiting[:0] = part if isinstance(part, list) else [part.get("value")]
 
 
 def filters(setting: Any) -> Iterator[str]:
@@ -184,5 +201,8 @@ def filters(setting: Any) -> Iterator[str]:
 
 
 def dtype_of(name: Any) -> torch.dtype | None:
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else None
+    try:
+        found: torch.dtype | None = dtype_from_name(name)
+    except (RuntimeError, AttributeError):
+        found = None
+    return found

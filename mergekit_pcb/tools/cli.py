@@ -13,6 +13,7 @@ import yaml
 
 import mergekit_pcb
 from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line, printable
+from mergekit_pcb.files import check_target
 
 # mergekit's own options pass through a command's, to be read by _merge_options.
 _HOST_OPTIONS = {"ignore_unknown_options": True}
@@ -112,11 +113,7 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
         found = report.observe(_text_of(config), merge_options)
     rows, remarks = report.summary(found), report.remarks(found)
     files = report.write(found, figures.page(found, rows, remarks), output)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(printable("  ".join([row[0].ljust(len(first)), *rest])))
-    for line in [*remarks, ", ".join(map(str, files))]:
+    for line in [*report.aligned(rows), *remarks, ", ".join(map(str, files))]:
         click.echo(printable(line))
 
 
@@ -152,8 +149,12 @@ def _explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[
 )
 @click.option("--bounds", type=float, nargs=2, default=(0.5, 3.0), help="Of weights: 0.5 3.0.")
 @click.option("--minimize", is_flag=True, help="Lower scores are better.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--timeout", type=float, help="Seconds after which an evaluation has failed.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds after which an evaluation has failed.",
+)
 @click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=pathlib.Path),
@@ -186,13 +187,12 @@ def search(
     Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
     """
     mergekit_pcb.register()
+    from mergekit_pcb.host import planning
     from mergekit_pcb.tools import search_files, search_job
 
-    try:
-        document = yaml.safe_load(_text_of(config))
-    except yaml.YAMLError as error:
-        why = f"it is not YAML ({one_line(error)})"
-        raise PCBError(f"read {config}", why, "correct it") from None
+    document = _yaml_of(config)
+    check_target(output)
+    planning.refuse_to_overwrite(output, config, document)
     job = search_job.Job(
         document if isinstance(document, dict) else {},
         command,
@@ -221,6 +221,14 @@ def search(
     click.echo(f"{output}: score {best.score:g} in trial {best.trial} (the start: {began})")
 
 
+def _yaml_of(config: pathlib.Path) -> Any:
+    try:
+        return yaml.safe_load(_text_of(config))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        why = f"it is not YAML ({one_line(error)})"
+        raise PCBError(f"read {config}", why, "correct it") from None
+
+
 def _text_of(config: pathlib.Path) -> str:
     try:
         return config.read_text(encoding="utf-8")
@@ -243,10 +251,12 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     Example: mergekit-pcb measure pcb.yml -o statistics.json
     """
     mergekit_pcb.register()
-    from mergekit_pcb.host import planning, statistics_file, whole_model
+    from mergekit_pcb.host import planning, whole_model
     from mergekit_pcb.host.inputs import Inputs
 
-    statistics_file.check_target(output)
+    check_target(output)
+    document_of = _yaml_of(config)
+    planning.refuse_to_overwrite(output, config, document_of)
     merge_options = _merge_options(options)
     with _explained(f"measure {config}", "correct it, or the options"):
         plan = planning.plan_without_merging(_text_of(config), merge_options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -77,6 +77,14 @@ def summary(report: Report) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells])
 
 
 def remarks(report: Report) -> list[str]:

@@ -31,6 +31,7 @@ from mergekit_pcb.files import write_text
 from mergekit_pcb.host import planning
 from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.plan import PlanOptions
+from mergekit_pcb.host.statistics_file import digest
 from mergekit_pcb.tools.search import (
     EvaluationError,
     Found,
@@ -98,7 +99,7 @@ def _past(job: Job, *, resume: bool) -> list[Trial]:
     if first.strip() != header:
         raise PCBError(
             f"resume the search in {job.folder}",
-            "it was begun with another configuration, command, options or version",
+            "it was begun with other models, another configuration, command, options or version",
             "use the same, or remove that folder",
         )
     trials = []
@@ -184,6 +185,7 @@ class _Merges:
         self._linear = "density" not in job.searched
         self._skeleton, self._parts = job.folder / "merged", job.folder / "contributions"
         self._trial = job.folder / "trial"
+        self._intact = self._linear and self._stored_whole()
 
     def trial(self, weights: Sequence[float], shared: dict[str, float]) -> pathlib.Path:
         """The folder of a trial's model; what cannot be written whole is removed."""
@@ -192,7 +194,7 @@ class _Merges:
                 return self._made(weights, shared)
             except BaseException:
                 shutil.rmtree(self._trial, ignore_errors=True)
-                if not (self._parts / "index.json").exists():
+                if not self._intact:
                     self.clean()
                 raise
 
@@ -202,7 +204,7 @@ class _Merges:
             changed = configured(self._job.configuration, weights, shared)
             self._merge(changed, self._trial, self._options)
             return self._trial
-        if not (self._parts / "index.json").exists():
+        if not self._intact:
             self._measure()
         self._sum(weights, shared.get("lambda"))
         return self._trial
@@ -236,20 +238,38 @@ class _Merges:
 
         observed = PlanOptions.of(self._options, observe=keep)
         self._merge(self._job.configuration, self._skeleton, observed)
-        stored = {"format": FORMAT, "generator": GENERATOR, "tensors": index}
+        stored = {
+            "format": FORMAT,
+            "generator": GENERATOR,
+            "tensors": index,
+            "digests": self._digests(),
+        }
         write_text(self._parts / "index.json", json.dumps(stored))
+        self._intact = True
+
+    def _digests(self) -> dict[str, str]:
+        """Of everything a trial is made from, by its path in the job's folder."""
+        files = [*self._parts.iterdir(), *self._skeleton.iterdir()]
+        return {
+            str(file.relative_to(self._job.folder)): digest(file)
+            for file in sorted(files)
+            if file.name != "index.json"
+        }
+
+    def _stored_whole(self) -> bool:
+        """Whether an earlier run left contributions that can be used as they are."""
+        try:
+            stored = json.loads((self._parts / "index.json").read_text(encoding="utf-8"))
+            told = stored["format"], stored["generator"], stored["digests"]
+            return told == (FORMAT, GENERATOR, self._digests()) and bool(stored["tensors"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
 
     def _sum(self, weights: Sequence[float], scale: float | None) -> None:
         """Write the sum for these values; for those that are not searched, as they were merged."""
         from safetensors.torch import load_file, save_file
 
         stored = json.loads((self._parts / "index.json").read_text())
-        if (stored.get("format"), stored.get("generator")) != (FORMAT, GENERATOR):
-            raise PCBError(
-                f"use the contributions in {self._parts}",
-                "another version of mergekit-pcb stored them, under other masks",
-                "remove that folder",
-            )
         index = stored["tensors"]
         self._trial.mkdir()
         for file in self._skeleton.iterdir():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools.search import BOUNDS, Space
 
 
@@ -39,21 +40,27 @@ class Job:
                 "write {model} where its path goes",
             )
         low, high = self.bounds
-        if not -math.inf < low < high < math.inf:
+        if not (low < high and math.isfinite(high - low)):
             what = f"{low:g} and {high:g} bound nothing to search"
             raise PCBError("search", what, "give LOW HIGH, two numbers")
-        if not self.output.resolve().parent.is_dir():
-            raise PCBError(f"write {self.output}", "its folder does not exist", "name another file")
 
     def digest(self) -> str:
         """Of everything that a log belongs to; a larger budget goes on with the same."""
         told = [self.configuration, self.command, self.searched, self.bounds, self.seed]
+        told += [_files_of(name) for name in named_models(self.configuration)]
         text = json.dumps([*told, self.minimize], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def log(self) -> pathlib.Path:
         return self.folder / "trials.jsonl"
+
+
+def _files_of(name: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of a local model's files."""
+    place = pathlib.Path(name)
+    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def tasks_of(configuration: dict[str, Any]) -> list[dict[str, Any]]:
