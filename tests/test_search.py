@@ -264,7 +264,7 @@ def test_weights_that_are_not_searched_stay_as_configured(place):
         ({}, ["--bounds", "2", "1"], "2 and 1 bound nothing to search"),
         ({}, ["--bounds", "0.5", "inf"], "0.5 and inf bound nothing to search"),
         ({}, ["--evaluate", "score"], "the command does not name the model"),
-        ({}, ["-o", "/nowhere/best.yml"], "its folder does not exist"),
+        ({}, ["-o", "/nowhere/best.yml"], "/nowhere is no folder to write to"),
     ],
 )
 def test_mistakes_end_in_a_sentence(place, change, options, complaint):
