@@ -74,6 +74,13 @@ def _released(tensors: list[torch.Tensor]) -> torch.Tensor:
     type=click.Choice(["float32", "bfloat16"]),
     help="Default: both.",
 )
+@click.option(
+    "--methods",
+    "chosen",
+    multiple=True,
+    type=click.Choice([*PARAMETERS, RELEASED]),
+    help="Default: all.",
+)
 @click.option("--memory-of", nargs=2, hidden=True, help="Print one figure; used by itself.")
 def main(
     rows: int,
@@ -81,6 +88,7 @@ def main(
     runs: int,
     threads: int,
     dtypes: tuple[str, ...],
+    chosen: tuple[str, ...],
     memory_of: tuple[str, str] | None,
 ) -> None:
     """Print the tables of the kernel."""
@@ -101,6 +109,7 @@ def main(
         names = list(PARAMETERS)
         if dtype == torch.float32:
             names.append(RELEASED)
+        names = [name for name in names if name in (chosen or names)]
         tensors = models(shape, dtype)
         seconds = alternate(actions(tensors, names), runs)
         size = tensors[0].nbytes
@@ -110,8 +119,9 @@ def main(
         for name in names:
             extra = _memory_in_own_process(name, dtype_name, rows, columns, threads)
             print(f"{row(name, seconds[name], seconds[OURS])} {extra / size:.2f} S |")
-        cost = (a / b for a, b in zip(seconds[DARE], seconds[OURS], strict=True))
-        print(f"\n{DARE} / {OURS}: {statistics.median(cost):.3f}")
+        for other in [n for n in (OURS, "dare_ties") if {DARE, n} <= set(names)]:
+            cost = (a / b for a, b in zip(seconds[DARE], seconds[other], strict=True))
+            print(f"\n{DARE} / {other}: {statistics.median(cost):.3f}")
         own = statistics.median(seconds[OURS])
         elements = rows * columns * 3
         print(f"\npcb: {own / elements * 1e9:.2f} ns per element and task")

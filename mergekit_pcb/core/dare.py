@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -87,19 +88,23 @@ class Mask:
         return parts[0] if len(parts) == 1 else numpy.concatenate(parts), start % 8
 
     def _window(self, window: int) -> Any:
-        if window not in self._windows:
-            start = window * WINDOW_ELEMENTS
-            self._windows[window] = self._drawn(start, min(WINDOW_ELEMENTS, self._count - start))
-        return self._windows[window]
+        for wanted in (window, window + 1):  # the next is drawn while this one is used
+            if wanted not in self._windows and wanted * WINDOW_ELEMENTS < self._count:
+                self._windows[wanted] = self._begin(wanted * WINDOW_ELEMENTS)
+        parts = self._windows[window]
+        if isinstance(parts, list):
+            parts = self._windows[window] = numpy.concatenate([part() for part in parts])
+        return parts
 
-    def _drawn(self, start: int, count: int) -> Any:
+    def _begin(self, start: int) -> list[Callable[[], Any]]:
+        """Begin to draw a window; each part is a function that waits for its bits."""
+        end = min(start + WINDOW_ELEMENTS, self._count)
         pieces = [
-            (start + first, min(PIECE_ELEMENTS, count - first))
-            for first in range(0, count, PIECE_ELEMENTS)
+            (first, min(PIECE_ELEMENTS, end - first)) for first in range(start, end, PIECE_ELEMENTS)
         ]
-        if len(pieces) < 2 or torch.get_num_threads() == 1:
-            return numpy.concatenate([self._piece(piece) for piece in pieces])
-        return numpy.concatenate(list(_pool().map(self._piece, pieces)))
+        if self._count <= PIECE_ELEMENTS or torch.get_num_threads() == 1:
+            return [functools.partial(self._piece, piece) for piece in pieces]
+        return [_pool().submit(self._piece, piece).result for piece in pieces]
 
     def _piece(self, piece: tuple[int, int]) -> Any:
         start, count = piece
