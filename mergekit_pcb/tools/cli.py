@@ -187,12 +187,9 @@ def search(
     Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
     """
     mergekit_pcb.register()
-    from mergekit_pcb.host import planning
     from mergekit_pcb.tools import search_files, search_job
 
-    document = _yaml_of(config)
-    check_target(output)
-    planning.refuse_to_overwrite(output, config, document)
+    document = _document_for(config, output)
     job = search_job.Job(
         document if isinstance(document, dict) else {},
         command,
@@ -221,12 +218,18 @@ def search(
     click.echo(f"{output}: score {best.score:g} in trial {best.trial} (the start: {began})")
 
 
-def _yaml_of(config: pathlib.Path) -> Any:
+def _document_for(config: pathlib.Path, output: pathlib.Path) -> Any:
+    """What a configuration says, once it is sure that the output may be written beside it."""
+    from mergekit_pcb.host import planning
+
+    check_target(output)
     try:
-        return yaml.safe_load(_text_of(config))
+        document = yaml.safe_load(_text_of(config))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         why = f"it is not YAML ({one_line(error)})"
         raise PCBError(f"read {config}", why, "correct it") from None
+    planning.refuse_to_overwrite(output, config, document)
+    return document
 
 
 def _text_of(config: pathlib.Path) -> str:
@@ -254,9 +257,7 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     from mergekit_pcb.host import planning, whole_model
     from mergekit_pcb.host.inputs import Inputs
 
-    check_target(output)
-    document_of = _yaml_of(config)
-    planning.refuse_to_overwrite(output, config, document_of)
+    _document_for(config, output)
     merge_options = _merge_options(options)
     with _explained(f"measure {config}", "correct it, or the options"):
         plan = planning.plan_without_merging(_text_of(config), merge_options)
