@@ -1,26 +1,47 @@
 """PCB taken apart for models in memory: what each task contributes, and their weighted sum.
 
 ``merge = base + scale · Σ_i weight_i · contribution_i``, so whoever searches or learns weights
-measures once (:func:`contributions`) and sums as often as needed (:func:`combine`).
+measures once (:func:`contributions`) and sums as often as needed (:func:`combine`). Only a
+spectrum that is evened is no sum: it is a step after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 
-from mergekit_pcb.core import merge
+from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.core.vectors import working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.groups import explained_for
+from mergekit_pcb.host.groups import explained, explained_for
+from mergekit_pcb.host.kinds import kinds_of
 from mergekit_pcb.host.method import PCBMerge, in_memory, prepare
 
 StateDict = dict[str, torch.Tensor]
 Model = Mapping[str, torch.Tensor] | torch.nn.Module
 Weights = Sequence[float] | torch.Tensor | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Contributions(Sequence[StateDict]):
+    """What the ``weight`` of each expert multiplies, and what is done to the weighted sum.
+
+    ``spectra`` are by name, for tensors whose singular values are evened after summing.
+    """
+
+    experts: Sequence[StateDict]
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.experts[number]
 
 
 def contributions(
@@ -32,13 +53,19 @@ def contributions(
     scope: str = "tensor",
     dare_density: float | Sequence[float] = 1.0,
     seed: int = 0,
-) -> list[StateDict]:
+    refine: str = "none",
+    anchor: float = 0.1,
+    spectrum: float | str | None = None,
+    architecture: torch.nn.Module | None = None,
+) -> Contributions:
     """What the ``weight`` of each expert multiplies, in every floating-point tensor.
 
     ``base`` and ``experts`` are modules or state dicts with the same tensors; parameters are
     those of ``merge_method: pcb``, with one ``density`` and ``dare_density`` for all or one for
-    each expert. Returns a state dict per expert, float32 (float64 for float64 inputs), of
-    the tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
+    each expert. The modules of ``architecture`` (of ``base``, where it is one) say which tensors
+    are matrices to refine; without one, all of two dimensions are taken for ``[out, in]``, which
+    is logged. Returns a state dict per expert, float32 (float64 for float64 inputs), of the
+    tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
     if not experts:
         raise PCBError("merge with pcb", "there is no expert", "give at least one")
@@ -58,36 +85,45 @@ def contributions(
         "scope": scope,
         "dare_density": dare_density,
         "seed": seed,
+        "refine": refine,
+        "anchor": anchor,
+        "spectrum": spectrum,
     }
     method = PCBMerge()
     bound = method._bind_parameters(groups, given)
+    if architecture is None and isinstance(base, torch.nn.Module):
+        architecture = base
+    kinds = None if architecture is None else kinds_of(architecture)
     if groups:
-        bound = in_memory(groups, bound, [None] * len(groups))
+        bound = in_memory(groups, bound, [None] * len(groups), kinds)
     found: list[StateDict] = [{} for _ in experts]
+    spectra: dict[str, Spectrum] = {}
     for name, group, values in zip(names, groups, bound, strict=True):
         with explained_for(group):
-            prepared = prepare(group, values)
-            parts = merge.contributions(prepared.aligned, prepared.statistics)
+            parts, step = prepare(group, values).contributions()
         tensor = group.entries[0].tensor
         for state, part in zip(found, parts, strict=True):
             state[name] = part.to(working_dtype(tensor.dtype)).view(tensor.shape)
-    return found
+        if step is not None:
+            spectra[name] = step
+    return Contributions(found, spectra)
 
 
 def combine(
     base: Model,
-    contributions: Sequence[Mapping[str, torch.Tensor]],
+    contributions: Contributions,
     weights: Weights,
     scale: float | torch.Tensor = 1.0,
 ) -> StateDict:
     """``base + scale · Σ_i weight_i · contribution_i`` in the base's dtypes.
 
-    ``weights`` holds one number per contribution, or maps names of tensors to so many numbers.
-    Where it (or ``scale``) requires gradients, so does the result. Tensors without
-    contributions, such as integer buffers, are the base's own.
+    The sum's spectrum is evened where the contributions say so. ``weights`` holds one number
+    per contribution, or maps names of tensors to so many numbers. Where it (or ``scale``)
+    requires gradients, so does the result. Tensors without contributions, such as integer
+    buffers, are the base's own.
     """
     merged = dict(_state_dict(base))
-    names = contributions[0] if contributions else ()
+    names = contributions[0] if len(contributions) else ()
     for name in names:
         row = weights[name] if isinstance(weights, Mapping) else weights
         if len(row) != len(contributions):
@@ -101,6 +137,9 @@ def combine(
             (weight * part for weight, part in zip(row, parts, strict=True)),
             torch.zeros_like(parts[0]),
         )
+        if (step := contributions.spectra.get(name)) is not None:
+            with explained(None, "the base", []):
+                delta = apply(step, delta.reshape(-1), name).view(delta.shape)
         start = merged[name]
         merged[name] = (start.detach().to(delta.dtype) + scale * delta).to(start.dtype)
     return merged

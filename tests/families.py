@@ -73,6 +73,23 @@ FAMILIES = {
         ),
         text,
     ),
+    "Mixtral": (
+        lambda: _transformers(
+            "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, head_dim=8, **TEXT
+        ),
+        text,
+    ),
+    "gpt-oss": (
+        lambda: _transformers(
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            **TEXT,
+        ),
+        text,
+    ),
     "GPT-2": (
         lambda: _transformers(
             "GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=64

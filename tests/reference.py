@@ -77,3 +77,39 @@ def dare_factors(seed, task, tensor, count, density):
     """0 where an element is dropped, else 1 / density."""
     kept = [kept_by_dare(seed, task, tensor, index, density) for index in range(count)]
     return torch.tensor(kept, dtype=torch.float64) / density
+
+
+def refined(base, tasks, prior, *, weights=None, anchor=0.1, spectrum=None, lam=1.0, dare=None):
+    """One matrix ``[out, in]`` solved for and its spectrum evened, in float64; returns base + M.
+
+    ``prior`` is PCB's merged task vector at lambda 1; ``anchor`` ``None`` keeps it; ``spectrum``
+    ``None`` takes the exponent from the task vectors. Inverse and singular values are torch's.
+    """
+    base, prior = base.double(), prior.double()
+    taus = [task.double() - base for task in tasks]
+    taus = taus if dare is None else [tau * own for tau, own in zip(taus, dare, strict=True)]
+    weights = [1.0] * len(taus) if weights is None else weights
+    changed = [(w, tau) for w, tau in zip(weights, taus, strict=True) if tau.any()]
+    if not changed:
+        return base
+    matrix = prior
+    if anchor is not None:
+        grams = [tau.T @ tau / tau.square().sum() for _, tau in changed]
+        ridge = anchor * sum(grams).diagonal().mean()
+        right = sum(w * tau @ g for (w, tau), g in zip(changed, grams, strict=True))
+        system = sum(grams) + ridge * torch.eye(base.shape[1], dtype=torch.float64)
+        matrix = torch.linalg.solve(system.T, (right + ridge * prior).T).T
+    if spectrum is None:
+        norms = sum(tau.square().sum() for _, tau in changed)
+        spectrum = float(sum(tau for _, tau in changed).norm() / (len(changed) * norms).sqrt())
+        spectrum = 1.0 if len(changed) == 1 else spectrum
+    return base + lam * evened(matrix, spectrum)
+
+
+def evened(matrix, exponent):
+    """The spectrum raised to a power, directions below 1e-3 of the largest raised no further."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    if exponent == 1 or not values.numel() or values[0] == 0:
+        return matrix.double()
+    raised = values * (values / values[0]).clamp(min=1e-3) ** (exponent - 1)
+    return (left * (raised * values.norm() / raised.norm())) @ right

@@ -51,6 +51,9 @@ def test_a_sound_configuration(tmp_path, family):
         "reads": 1,
         "output_bytes": size // 2,
         "largest": largest,
+        "refined": 0,
+        "refined_flops": 0,
+        "refined_seconds": 0.0,
     }
 
 

@@ -11,6 +11,7 @@ from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import ROOT
 from reference import dare_factors
 from reference import pcb as reference
+from test_refine_host import expected as solved
 from test_whole_model import whole_reference, with_tokenizer
 
 EXAMPLES = sorted((ROOT / "examples" / "yaml").glob("*.yml"))
@@ -18,6 +19,7 @@ WEIGHTS = {
     "first-merge": lambda *_: {},
     "per-model": lambda *_: {"weight": [1.3, 0.8, 1.0], "density": [0.1, 0.2, 0.1], "lam": 1.2},
     "whole-model": None,
+    "solve": None,
     "gradient-and-filter": lambda name, _: {
         "weight": gradient(name),
         "density": 0.2 if "mlp" in name else 0.1,
@@ -66,6 +68,12 @@ def test_example(workplace, example, monkeypatch):
         expected = whole_reference(states)
         for name, tensor in merged.items():
             assert (tensor != expected[name].bfloat16()).double().mean() < 2e-3, name
+        return
+    if example.stem == "solve":
+        states = [{n: t.float() for n, t in state.items()} for state in (base, *tasks)]
+        expected = solved(states, {r"(_proj|lm_head)\.weight$": "rows"}, density=0.1)
+        for name, tensor in merged.items():
+            assert (tensor != expected[name].bfloat16()).double().mean() < 1e-2, name
         return
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16

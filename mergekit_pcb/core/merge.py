@@ -75,6 +75,11 @@ def parts_of(chunk: Chunk, statistics: Statistics, *, out: torch.Tensor) -> torc
     return out.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 
+def delta(chunk: Chunk, statistics: Statistics, weights: Sequence[float]) -> torch.Tensor:
+    """``Σ_i weight_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of a chunk: borrowed, as all of a chunk is."""
+    return _delta(chunk, _competing(statistics), statistics, weights)
+
+
 def _competing(statistics: Statistics) -> list[int]:
     return [task for task, balance in enumerate(statistics.balances) if not balance.silent]
 

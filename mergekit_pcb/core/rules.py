@@ -44,6 +44,12 @@ def _whole_number(value: Any) -> int:
     return number
 
 
+def _exponent(value: Any) -> float | str | None:
+    if value is None or value == AUTO:
+        return value  # type: ignore[no-any-return]
+    return _between_0_and_1(value)
+
+
 def _word(*words: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in words:
@@ -53,8 +59,10 @@ def _word(*words: str) -> Callable[[Any], str]:
     return read
 
 
+_between_0_and_1 = _number(lambda value: 0 <= value <= 1)
+
 DENSITY = Rule(
-    _number(lambda value: 0 <= value <= 1),
+    _between_0_and_1,
     0.1,
     "density is the fraction of a task vector's elements that keep weight",
     "write a number from 0 (the base model) to 1; small ones such as 0.1 work best",
@@ -88,6 +96,29 @@ SEED = Rule(
     0,
     "seed chooses the elements that DARE keeps and is a whole number of 64 bits",
     "write a whole number such as 0",
+)
+#: A matrix keeps PCB's merge, or is solved for.
+NONE, SOLVE = "none", "solve"
+REFINE = Rule(
+    _word(NONE, SOLVE),
+    NONE,
+    "matrices keep PCB's merge or are solved for, held to it",
+    "write none or solve",
+)
+ANCHOR = Rule(
+    _number(lambda value: 0 < value < math.inf),
+    0.1,
+    "anchor is how strongly the solved matrices are held to PCB's merge",
+    "write a number above 0, such as 0.1",
+)
+#: The exponent of singular values follows from the task vectors.
+AUTO = "auto"
+SPECTRUM = Rule(
+    _exponent,
+    None,
+    "spectrum is the exponent of a merged matrix's singular values, from 0 (all alike) to 1 "
+    "(untouched), or auto",
+    "write auto or a number from 0 to 1",
 )
 #: Elements compete within their tensor, or within the whole model.
 TENSOR, MODEL = "tensor", "model"

@@ -59,15 +59,18 @@ class Aligned:
     def __len__(self) -> int:
         return self.base.numel()
 
-    def chunks(self, scratch: Scratch) -> Iterator[Chunk]:
-        """Cut all elements into chunks, in order; arithmetic is in the precision of ``scratch``."""
-        step = chunk_elements(self.base.device)
-        for start in range(0, len(self), step):
-            base = self.base[start : start + step]
+    def chunks(self, scratch: Scratch, begin: int = 0, end: int | None = None) -> Iterator[Chunk]:
+        """Cut elements into chunks, in order; arithmetic is in the precision of ``scratch``.
+
+        They are all elements, or those from ``begin`` up to ``end``.
+        """
+        step, end = chunk_elements(self.base.device), len(self) if end is None else end
+        for start in range(begin, end, step):
+            place = slice(start, min(start + step, end))
+            base = self.base[place]
             if base.dtype != scratch.dtype:
                 base = scratch("base", base).copy_(base)
-            tasks = tuple(task[start : start + step] for task in self.tasks)
-            yield Chunk(self, start, base, tasks, scratch)
+            yield Chunk(self, start, base, tuple(task[place] for task in self.tasks), scratch)
 
 
 @dataclass(frozen=True)

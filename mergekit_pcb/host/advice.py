@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mergekit_pcb.errors import printable
+from mergekit_pcb.host import refined
 from mergekit_pcb.host.inputs import loaders
 from mergekit_pcb.host.parameters import density_remarks
 from mergekit_pcb.host.plan import Plan
@@ -42,7 +43,7 @@ def remarks(plan: Plan) -> dict[str, str]:
         found["seed"] = said
     if said := _left_out_remark(plan):
         found["plan"] = said
-    return found
+    return {**found, **refined.remarks(plan)}
 
 
 def _seed_remark(plan: Plan) -> str:

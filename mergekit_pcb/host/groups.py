@@ -12,6 +12,7 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
+from mergekit_pcb.core.solve import NotSolvableError
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 
@@ -79,6 +80,13 @@ def explained(
             f"{base if error.task is None else tasks[error.task]} holds NaN or infinity in it",
             "repair or replace that checkpoint (or, if it is sound, set a `dtype:` wide enough for "
             "its values)",
+        ) from None
+    except NotSolvableError as error:
+        raise PCBError(
+            f"refine tensor {error.tensor}",
+            error.what,
+            "raise anchor, or leave this tensor to PCB by a filter: `refine: [{filter: "
+            f"{error.tensor}, value: none}}, {{value: solve}}]`, and the same for spectrum",
         ) from None
     except OutOfRangeError as error:
         raise PCBError(

@@ -28,18 +28,22 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb import _autoload
+from mergekit_pcb.core import merge, refine
 from mergekit_pcb.core.measure import Statistics, check_finite, measure_together
-from mergekit_pcb.core.merge import merge
+from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import aligned, check_shapes, explained_for, name_of
+from mergekit_pcb.host.kinds import Kind, assumed, layout_of
 from mergekit_pcb.host.parameters import (
     PARAMETERS,
     Values,
     density_remarks,
     one_recipe,
     recipe_of,
+    refinement_of,
+    refines,
     scope_of,
 )
 
@@ -61,6 +65,18 @@ class Prepared:
     positions: Sequence[int]
     weights: Sequence[float]
     scale: float
+    refinement: Refinement | None = None
+
+    def merged(self) -> torch.Tensor:
+        """A new flat tensor of the base's dtype."""
+        own = self.aligned, self.statistics, self.weights, self.scale
+        return merge.merge(*own) if self.refinement is None else refine.merge(*own, self.refinement)
+
+    def contributions(self) -> tuple[tuple[torch.Tensor, ...], Spectrum | None]:
+        """What the ``weight`` of each task multiplies, flat, and the step on their sum, if any."""
+        if self.refinement is None:
+            return merge.contributions(self.aligned, self.statistics), None
+        return refine.contributions(self.aligned, self.statistics, self.refinement)
 
 
 @dataclass(frozen=True)
@@ -70,12 +86,14 @@ class Known:
     ``tasks`` are all of the configuration's, also where a tensor is missing in some.
     ``statistics`` are those of the whole model, under ``scope: model``; ``measured`` says that
     this tensor took part in them, so that it is finite. ``observe`` is shown every tensor.
+    ``kind`` is what the tensor is to the activations, where its matrices are refined.
     """
 
     tasks: Sequence[Hashable]
     statistics: Statistics | None = None
     measured: bool = False
     observe: Callable[[Prepared], None] | None = None
+    kind: Kind = Kind.ELEMENTS
 
 
 class PCBMerge(GroupMergeMethod):
@@ -179,7 +197,7 @@ class PCBMerge(GroupMergeMethod):
             prepared = prepare(group, parameters)
             if (observe := parameters[KNOWN].observe) is not None:
                 observe(prepared)
-            merged = merge(prepared.aligned, prepared.statistics, prepared.weights, prepared.scale)
+            merged = prepared.merged()
         return merged.view(group.entries[0].tensor.shape)
 
 
@@ -187,10 +205,12 @@ def in_memory(
     groups: Sequence[TensorGroup],
     parameters: Sequence[Values],
     dtypes: Sequence[torch.dtype | None],
+    kinds: Mapping[str, Kind] | None = None,
 ) -> list[dict[str, Any]]:
     """Complete the bound parameters of groups that are all at hand: their whole-model statistics.
 
-    ``dtypes`` are what the groups are cast to before they are merged.
+    ``dtypes`` are what the groups are cast to before they are merged, ``kinds`` what the groups
+    are, by name; by default all of two dimensions are assumed to be weights of linear layers.
     """
     names = [name_of(group) for group in groups]
     ids = [[task.id for task in group.non_base] for group in groups]
@@ -209,9 +229,18 @@ def in_memory(
         cast = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes, strict=True)]
         with explained_for(groups[0], of_whole_model=True):
             statistics = measure_together([aligned(group) for group in cast], recipe)
+    if kinds is None:
+        kinds = dict.fromkeys(names, Kind.ASSUMED)
+        if matrices := [
+            n
+            for n, g, v in zip(names, groups, parameters, strict=True)
+            if refines(v) and g.entries[0].tensor.ndim == 2
+        ]:
+            LOG.warning(assumed(matrices, "nothing is known of tensors in memory but their shapes"))
+    measured = statistics is not None
     return [
-        {**values, KNOWN: Known(tasks, statistics, measured=statistics is not None)}
-        for values, tasks in zip(parameters, ids, strict=True)
+        {**values, KNOWN: Known(tasks, statistics, measured, kind=kinds.get(name, Kind.UNKNOWN))}
+        for name, values, tasks in zip(names, parameters, ids, strict=True)
     ]
 
 
@@ -228,6 +257,8 @@ def _unplanned(group: TensorGroup, values: Values) -> Known:
     # Masks go by position, and models that lack the tensor are not seen.
     if any(density < 1 for density in values["dare_density"].values()):
         raise _not_planned("dare_density", group)
+    if refines(values):
+        raise _not_planned("refine or spectrum", group)
     return Known([task.id for task in group.non_base])
 
 
@@ -238,7 +269,7 @@ def _not_planned(asked: str, group: TensorGroup) -> PCBError:
         "its other models (the plan was made by hand, by another mergekit than 0.1.5, or behind a "
         "wrapper)",
         "run it with `mergekit-pcb yaml` or mergekit's own commands, version 0.1.5, or use scope: "
-        "tensor without DARE",
+        "tensor without DARE and refine",
     )
 
 
@@ -259,7 +290,9 @@ def prepare(group: TensorGroup, parameters: Values) -> Prepared:
         if working_dtype(flat.base.dtype) == torch.float64:
             statistics = replace(statistics, dtype=torch.float64)
     weights = [parameters["weight"][task] for task in ids]
-    return Prepared(flat, statistics, positions, weights, parameters["lambda"])
+    layout = layout_of(known.kind, group.entries[0].tensor.shape)
+    refinement = refinement_of(parameters, layout)
+    return Prepared(flat, statistics, positions, weights, parameters["lambda"], refinement)
 
 
 if not any(method.spec.name == PCBMerge.spec.name for method in registry.registered_methods()):

@@ -18,6 +18,7 @@ from pydantic import ConfigDict
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.host.groups import check_shapes
 from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
+from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import KNOWN, Known
 from mergekit_pcb.host.plan import Plan, models_of
 from mergekit_pcb.host.whole_model import Measured, statistics_of
@@ -59,6 +60,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
     model_config = _OF_A_PLAN
     plan: Plan
     measuring: MeasureModel | None
+    kind: Kind
 
     def arguments(self) -> dict[str, Task[Any]]:
         more = {} if self.measuring is None else {"measured": self.measuring}
@@ -73,6 +75,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
             measured.statistics if measured else None,
             self.output_weight.name in measured.names if measured else False,
             getattr(self.plan.options, "observe", None),
+            self.kind,
         )
         parameters = ImmutableMap({**dict(self.parameters.items()), KNOWN: known})
         planned = self.model_copy(update={"parameters": parameters})
@@ -88,6 +91,7 @@ def nodes_of(plan: Plan) -> list[MergeTensor]:
             **{name: getattr(task, name) for name in ExecuteMergeMethodTask.model_fields},
             plan=plan,
             measuring=measuring,
+            kind=plan.kinds.get(task.output_weight.name, Kind.ELEMENTS),
         )
         for task in plan.tasks
     ]

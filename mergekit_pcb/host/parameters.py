@@ -11,8 +11,10 @@ from typing import Any
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from mergekit_pcb.core import rules
+from mergekit_pcb.core.matrices import Layout
 from mergekit_pcb.core.measure import Recipe
-from mergekit_pcb.core.rules import MODEL, TENSOR, Rule
+from mergekit_pcb.core.refine import Refinement
+from mergekit_pcb.core.rules import AUTO, MODEL, SOLVE, TENSOR, Rule
 from mergekit_pcb.errors import PCBError
 
 _SHORT = reprlib.Repr()  # what a user gave may be long
@@ -55,6 +57,9 @@ PARAMETERS = tuple(
         ("clip", float, _SHARED, rules.CLIP, "fraction of the magnitudes clamped at each end"),
         ("dare_density", float, _TASK, rules.DARE_DENSITY, "fraction that DARE keeps before PCB"),
         ("seed", int, _SHARED, rules.SEED, "which elements DARE keeps"),
+        ("refine", str, _SHARED, rules.REFINE, "whether matrices are solved for, held to PCB"),
+        ("anchor", float, _SHARED, rules.ANCHOR, "how strongly they are held to PCB"),
+        ("spectrum", Any, _SHARED, rules.SPECTRUM, "exponent of a merged matrix's singular values"),
         ("scope", str, _SHARED, rules.SCOPE, "how far elements compete: a tensor or the model"),
         ("statistics", str, _SHARED, STATISTICS, "statistics of a whole model measured before"),
     )
@@ -79,6 +84,20 @@ def recipe_of(
         values["seed"],
         range(len(tasks)) if positions is None else positions,
     )
+
+
+def refines(values: Values) -> bool:
+    """Whether anything is done to a tensor's matrices after PCB."""
+    return values["refine"] == SOLVE or values["spectrum"] not in (None, 1)
+
+
+def refinement_of(values: Values, layout: Layout | None) -> Refinement | None:
+    """What is done to a tensor's matrices; ``layout`` is ``None`` for what is no matrix."""
+    if layout is None or not refines(values):
+        return None
+    solved, spectrum = values["refine"] == SOLVE, values["spectrum"]
+    exponent = None if spectrum in (None, AUTO) else spectrum
+    return Refinement(layout, values["anchor"] if solved else None, exponent)
 
 
 def scope_of(tensors: Sequence[tuple[str, Values]]) -> str:

@@ -7,6 +7,7 @@ refuses what would make "the whole model" ambiguous. It reads nothing.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,8 +21,10 @@ from mergekit.tokenizer import BuildTokenizer
 from mergekit_pcb.core.measure import Recipe
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.architecture import Architecture, architecture_of
+from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import Prepared
-from mergekit_pcb.host.parameters import SPECS, Values, one_recipe, recipe_of, scope_of
+from mergekit_pcb.host.parameters import SPECS, Values, one_recipe, recipe_of, refines, scope_of
 
 
 class PlanOptions(MergeOptions):
@@ -104,6 +107,33 @@ class Plan:
         found = (getattr(task.gather_tensors, "tokenizer_task", None) for task in self.tasks)
         return next((task for task in found if task is not None), None)
 
+    @functools.cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What every tensor whose matrices are refined is, by its name in the output."""
+        names = {
+            task.output_weight.name: _name_in_base(task)
+            for task in self.tasks
+            if refines(values_of(task))
+        }
+        if not names or (architecture := self.architecture) is None:
+            return dict.fromkeys(names, Kind.ASSUMED)
+        return {name: architecture.kind(source) for name, source in names.items()}
+
+    @property
+    def known_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the base's tensors, as far as its architecture tells them."""
+        found = {}
+        for task in self.tasks:
+            shape = self.architecture and self.architecture.shape(_name_in_base(task))
+            if shape:
+                found[task.output_weight.name] = tuple(shape)
+        return found
+
+    @functools.cached_property
+    def architecture(self) -> Architecture | None:
+        """That of the base, if its configuration tells."""
+        return architecture_of(self.base, trust_remote_code=self.options.trust_remote_code)
+
     @property
     def is_raw(self) -> bool:
         """Whether it is mergekit-pytorch's, of single files."""
@@ -137,6 +167,13 @@ class Plan:
                     f"{first.output_weight.name}), so there is no one model to rank",
                     "give every slice the same models, or use scope: tensor",
                 )
+
+
+def _name_in_base(task: ExecuteMergeMethodTask) -> str:
+    """What the base calls a planned tensor; slices may have moved it to another layer."""
+    load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+    infos = getattr(load, "weight_info", None)
+    return str((task.output_weight if infos is None else infos[task.base_model]).name)
 
 
 def models_of(task: ExecuteMergeMethodTask) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host import advice, damage, vocabulary
+from mergekit_pcb.host import advice, damage, refined, vocabulary
 from mergekit_pcb.host.method import PCBMerge, Prepared
 from mergekit_pcb.host.nodes import MergeTensor, nodes_of
 from mergekit_pcb.host.plan import Plan, PlanOptions
@@ -119,6 +119,7 @@ def _planned(tasks: Any, options: MergeOptions) -> list[MergeTensor]:
     if not tasks:
         return []
     plan = Plan(tasks, options)
+    refined.refuse_too_large(plan)
     advice.give(plan)
     return nodes_of(plan)
 

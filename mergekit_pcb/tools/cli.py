@@ -105,14 +105,14 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
     Example: mergekit-pcb report pcb.yml -o report
     """
     mergekit_pcb.register()
-    from mergekit_pcb.tools import figures, report
+    from mergekit_pcb.tools import figures, page, report
 
     figures.require_matplotlib()
     merge_options = _merge_options(options)
     with _explained(f"merge {config}"):
         found = report.observe(_text_of(config), merge_options)
     rows, remarks = report.summary(found), report.remarks(found)
-    files = report.write(found, figures.page(found, rows, remarks), output)
+    files = report.write(found, page.page(found, rows, remarks), output)
     for line in [*report.aligned(rows), *remarks, ", ".join(map(str, files))]:
         click.echo(printable(line))
 

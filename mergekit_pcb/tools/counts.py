@@ -5,6 +5,7 @@ What is kept of a tensor are a few numbers that can be added up: by layer, kind 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from pydantic import BaseModel
 
-from mergekit_pcb.core.merge import parts_of
+from mergekit_pcb.core.merge import delta, parts_of
+from mergekit_pcb.core.refine import Refinement, refined
 from mergekit_pcb.core.vectors import Scratch
 from mergekit_pcb.host.method import Prepared
 
@@ -56,6 +58,14 @@ class TensorCounts(_Counts):
     conflicts_after: int = 0
     base_sq: float = 0.0
     merged_sq: float = 0.0
+    #: Of tensors whose matrices are refined: how many, their matrices, the sum of the exponents of
+    #: those, and the squared norms of PCB's own merge and of how far the refined one is from it.
+    #: All other counts but ``merged_sq`` are of PCB's own.
+    refined: int = 0
+    matrices: int = 0
+    exponents: float = 0.0
+    pcb_sq: float = 0.0
+    moved_sq: float = 0.0
     #: Elements kept by so many tasks: none, one, two, …
     kept_by: list[int] = []
     #: Elements kept by both of two tasks.
@@ -85,6 +95,16 @@ class TensorCounts(_Counts):
         """The effective share of a task in the merge, from 0 to 1: its part of the magnitudes."""
         total = sum(counts.merged_abs for counts in self.tasks)
         return self.tasks[task].merged_abs / total if total else 0.0
+
+    @property
+    def exponent(self) -> float:
+        """The mean exponent of the matrices' singular values; 1 where nothing is evened."""
+        return self.exponents / self.matrices if self.matrices else 1.0
+
+    @property
+    def moved(self) -> float:
+        """How far refining went from PCB's merge, in parts of the norm of that."""
+        return math.sqrt(self.moved_sq / self.pcb_sq) if self.pcb_sq else 0.0
 
 
 class Report(BaseModel):
@@ -182,8 +202,25 @@ class Counter:
             for i, first in enumerate(positions):
                 for j, second in enumerate(positions):
                     counts.both[first][second] += int(pairs[i, j])
+        if tensor.refinement is not None:
+            _count_refined(counts, tensor, tensor.refinement)
         counts.unchanged = int(counts.merged_sq == 0)
         self.found[aligned.name] = counts
+
+
+def _count_refined(counts: TensorCounts, tensor: Prepared, refinement: Refinement) -> None:
+    """Count what refining makes of a tensor of which all else is counted."""
+    aligned, statistics = tensor.aligned, tensor.statistics
+    counts.refined, counts.pcb_sq, counts.merged_sq = 1, counts.merged_sq, 0.0
+    for found in refined(aligned, statistics, tensor.weights, refinement):
+        counts.matrices += 1
+        counts.exponents += found.exponent
+        merged = found.merged.mul_(tensor.scale)
+        counts.merged_sq += _squares(merged)
+        for chunk in found.matrix.chunks():
+            own = merged[chunk.start - found.matrix.start :][: len(chunk.base)]
+            pcb = delta(chunk, statistics, tensor.weights)
+            counts.moved_sq += _squares(own - tensor.scale * pcb)
 
 
 def _squares(values: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ import mergekit_pcb
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text, written_whole
 from mergekit_pcb.host.planning import execute, plan_without_merging
-from mergekit_pcb.tools.counts import Counter, Report, kind_of, layer_of
+from mergekit_pcb.tools.counts import Counter, Report, TensorCounts, kind_of, layer_of
 
 
 def observe(configuration: str, options: Any) -> Report:
@@ -98,10 +98,20 @@ def remarks(report: Report) -> list[str]:
         f"signs conflict in {percent(total.conflicts_before, total.met_before)} of the elements "
         "that several tasks change, and in "
         f"{percent(total.conflicts_after, total.met_after)} of those that several keep",
+        *_refined(total),
         f"the merged task vector has norm {math.sqrt(total.merged_sq):.4g}, the base "
         f"{math.sqrt(total.base_sq):.4g}; {total.unchanged} of {total.tensors} tensors are "
         "unchanged",
     ]
+
+
+def _refined(total: TensorCounts) -> Iterator[str]:
+    if total.refined:
+        yield (
+            f"{total.refined} tensors are refined and end {100 * total.moved:.0f} % of the norm of "
+            f"PCB's own merge away from it; the mean exponent of the singular values of their "
+            f"{total.matrices} matrices is {total.exponent:.2f}; shares and conflicts are PCB's"
+        )
 
 
 def write(report: Report, page: str, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -134,6 +144,7 @@ def csv_rows(report: Report) -> Iterable[list[Any]]:
         "tensor", "layer", "kind", "elements", "task", "changed", "kept", "share_of_merge",
         "task_vector_norm", "merged_norm", "tensor_merged_norm", "tensor_base_norm",
         "conflicts_before", "met_before", "conflicts_after", "met_after",
+        "refined", "exponent", "moved_from_pcb",
     ]  # fmt: skip
     for name, counts in report.tensors.items():
         for number, (task, own) in enumerate(zip(report.tasks, counts.tasks, strict=True)):
@@ -154,4 +165,7 @@ def csv_rows(report: Report) -> Iterable[list[Any]]:
                 counts.met_before,
                 counts.conflicts_after,
                 counts.met_after,
+                counts.refined,
+                counts.exponent,
+                counts.moved,
             ]

@@ -8,6 +8,7 @@ that was killed goes on by replaying its log.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mergekit_pcb.core.dare import GENERATOR
-from mergekit_pcb.core.merge import contributions
+from mergekit_pcb.core.matrices import Layout
+from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.files import write_text
 from mergekit_pcb.host import planning
@@ -41,7 +43,7 @@ from mergekit_pcb.tools.search import (
 )
 from mergekit_pcb.tools.search_job import Job, configured, space_of
 
-FORMAT = "mergekit-pcb search, version 2"
+FORMAT = "mergekit-pcb search, version 3"
 NUMBER = re.compile(
     r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\bnan\b|[-+]?\binf\b", re.IGNORECASE
 )
@@ -227,13 +229,18 @@ class _Merges:
 
         def keep(tensor: Prepared) -> None:
             aligned, statistics = tensor.aligned, tensor.statistics
-            parts = contributions(aligned, statistics)
+            parts, step = tensor.contributions()
             named = zip(tensor.positions, parts, strict=True)
             state = {f"task {position}": part.cpu() for position, part in named}
             state["base"] = aligned.base.to(statistics.dtype).cpu()
             file = f"{len(index):06d}.safetensors"
             own = zip(map(str, tensor.positions), tensor.weights, strict=True)
-            index[aligned.name] = {"file": file, "weights": dict(own), "lambda": tensor.scale}
+            index[aligned.name] = {
+                "file": file,
+                "weights": dict(own),
+                "lambda": tensor.scale,
+                "spectrum": None if step is None else dataclasses.asdict(step),
+            }
             save_file(state, self._parts / file)
 
         observed = PlanOptions.of(self._options, observe=keep)
@@ -286,8 +293,16 @@ class _Merges:
                 parts = load_file(self._parts / merged["file"])
                 value = parts.pop("base")
                 factor = merged["lambda"] if scale is None else scale
+                summed = torch.zeros_like(value)
                 for position, weight in merged["weights"].items():
                     chosen = weights[int(position)] if weights else weight
-                    value.add_(parts[f"task {position}"], alpha=factor * chosen)
+                    summed.add_(parts[f"task {position}"], alpha=chosen)
+                if merged["spectrum"] is not None:
+                    summed = apply(_spectrum(merged["spectrum"]), summed, name)
+                value.add_(summed, alpha=factor)
                 state[name] = value.to(state[name].dtype).view(state[name].shape)
             save_file(state, self._trial / file.name, metadata=metadata)
+
+
+def _spectrum(stored: dict[str, Any]) -> Spectrum:
+    return Spectrum(Layout(**stored["layout"]), tuple(stored["exponents"]))

@@ -1,0 +1,191 @@
+"""Tensors that multiply activations, seen as matrices ``[out, in]``.
+
+What is computed of a matrix comes from blocks of its rows, whose size follows from its shape
+alone, so it does not depend on how tensors are cut into chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_pcb.core.vectors import Aligned, Chunk, Scratch
+
+# Rows of a block: enough for a product of matrices to be worth its call, in 32 MiB where possible.
+BLOCK_ROWS = (256, 1024)
+BLOCK_ELEMENTS = 1 << 23
+NORM_ELEMENTS = 1 << 22
+# Symmetric products are computed in columns of tiles, of which only those below the diagonal.
+TILE = 512
+FACTOR_BLOCK = 128
+# torch adds up so many values in one thread, and so in one order.
+PIECE_ELEMENTS = 1 << 15
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is made of ``count`` matrices, one after the other.
+
+    Each is ``rows × columns``, ``[out, in]``, and stored as it is or ``transposed``.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    transposed: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Of one matrix."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of an aligned tensor, its elements from ``start`` on; ``dtype`` computes."""
+
+    aligned: Aligned
+    layout: Layout
+    start: int
+    dtype: torch.dtype
+
+    @classmethod
+    def all_of(cls, aligned: Aligned, layout: Layout, dtype: torch.dtype) -> list[Matrix]:
+        starts = range(0, layout.count * layout.elements, max(1, layout.elements))
+        return [cls(aligned, layout, start, dtype) for start in starts]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.layout.elements
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Elements of the matrix, or of some of its rows where it is not transposed, as rows."""
+        if self.layout.transposed:
+            return flat.view(self.layout.columns, self.layout.rows).T
+        return flat.view(-1, self.layout.columns)
+
+    def chunks(self, begin: int | None = None, end: int | None = None) -> Iterator[Chunk]:
+        begin = self.start if begin is None else begin
+        end = self.end if end is None else end
+        return self.aligned.chunks(Scratch.of_thread(self.dtype), begin, end)
+
+    def blocks(self, *, whole: bool = False) -> list[tuple[slice, int, int]]:
+        """Some rows each, and where their elements begin and end in the tensor."""
+        rows, columns = self.layout.rows, self.layout.columns
+        if whole or self.layout.transposed:
+            return [(slice(0, rows), self.start, self.end)]
+        fewest, most = BLOCK_ROWS
+        step = min(most, max(fewest, BLOCK_ELEMENTS // columns))
+        return [
+            (
+                slice(row, min(row + step, rows)),
+                self.start + row * columns,
+                self.start + min(row + step, rows) * columns,
+            )
+            for row in range(0, rows, step)
+        ]
+
+    def task_vector(self, task: int, begin: int, end: int, out: torch.Tensor) -> torch.Tensor:
+        """Elements of a task vector from ``begin`` to ``end``, in the memory of ``out``."""
+        for chunk in self.chunks(begin, end):
+            place = chunk.start - begin
+            out[place : place + len(chunk.base)] = chunk.task_vector(task)
+        return out[: end - begin]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Euclidean norms of the task vectors of a matrix, and of their sum."""
+
+    tasks: tuple[float, ...]
+    total: float
+
+    @property
+    def changed(self) -> list[int]:
+        """The tasks that changed the matrix."""
+        return [task for task, norm in enumerate(self.tasks) if norm > 0]
+
+    @property
+    def agreement(self) -> float:
+        """``‖Σ τ_i‖ / √(n Σ ‖τ_i‖²)`` over the ``n`` tasks that changed the matrix.
+
+        The norm of their mean over their root-mean-square norm: 1 where all are equal, ``1/√n``
+        where they are orthogonal, 0 where they cancel out.
+        """
+        if len(self.changed) < 2:
+            return 1.0
+        largest = max(self.tasks)
+        squares = math.fsum((norm / largest) ** 2 for norm in self.tasks)
+        return min(1.0, self.total / largest / math.sqrt(len(self.changed) * squares))
+
+
+def norms(matrix: Matrix) -> Norms:
+    """Measure the norms, in float64."""
+    found: list[list[torch.Tensor]] = [[] for _ in range(len(matrix.aligned.tasks) + 1)]
+    shape = 2, min(matrix.layout.elements, NORM_ELEMENTS)
+    buffers = torch.empty(shape, dtype=matrix.dtype, device=matrix.aligned.base.device)
+    for begin in range(matrix.start, matrix.end, NORM_ELEMENTS):
+        end = min(begin + NORM_ELEMENTS, matrix.end)
+        tau, total = buffers[:, : end - begin]
+        for task, norms in enumerate(found[:-1]):
+            matrix.task_vector(task, begin, end, tau)
+            norms += _norms_of_pieces(tau)
+            total.copy_(tau) if task == 0 else total.add_(tau)
+        found[-1] += _norms_of_pieces(total)
+    *tasks, total_norm = [_joined(norms) for norms in found]
+    return Norms(tuple(tasks), total_norm)
+
+
+def norm(flat: torch.Tensor) -> float:
+    """The Euclidean norm of a vector, in float64 and in one order."""
+    return _joined(_norms_of_pieces(flat))
+
+
+def _norms_of_pieces(flat: torch.Tensor) -> list[torch.Tensor]:
+    pieces = torch.split(flat, PIECE_ELEMENTS)
+    return [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> float:
+    return math.hypot(*torch.stack(list(pieces)).tolist())
+
+
+def add_gram_(gram: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> None:
+    """Add ``scale · rowsᵀ rows`` to the tiles of a symmetric matrix that touch its lower half."""
+    for first in range(0, len(gram), TILE):
+        tile = rows[:, first : first + TILE]
+        part = gram[first:, first : first + TILE]
+        part.addmm_(rows[:, first:].T, tile, alpha=scale)
+
+
+def mirror_(gram: torch.Tensor) -> None:
+    """Make the upper half of a matrix what its lower half is."""
+    for first in range(0, len(gram), TILE):
+        last = first + TILE
+        corner = gram[first:last, first:last]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        gram[first:last, last:] = gram[last:, first:last].T
+
+
+def cholesky_(gram: torch.Tensor) -> bool:
+    """Put the lower Cholesky factor in the lower half of a matrix; whether it has one.
+
+    LAPACK's own rounds by the number of its threads, but for small blocks; those, products and
+    triangular solves do not. (Golub and Van Loan, Matrix Computations, 4.2.6.)
+    """
+    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
+    for first in range(0, len(gram), FACTOR_BLOCK):
+        last = first + FACTOR_BLOCK
+        column = gram[first:, first:last]
+        if first:
+            column.addmm_(gram[first:, :first], gram[first:last, :first].T, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(gram[first:last, first:last])
+        gram[first:last, first:last] = corner
+        failed |= info
+        if last < len(gram):
+            below = gram[last:, first:last]
+            below.copy_(torch.linalg.solve_triangular(corner.T, below, upper=True, left=False))
+    return not int(failed)

@@ -1,0 +1,393 @@
+"""`refine: solve` and `spectrum`: the mathematics, against float64, an inverse and an SVD."""
+
+import math
+
+import pytest
+import torch
+from conftest import pieces
+from reference import dare_factors, evened, refined
+from reference import pcb as reference
+
+from mergekit_pcb.core import matrices, refine, solve, spectrum, vectors
+from mergekit_pcb.core.matrices import Layout, Matrix
+from mergekit_pcb.core.measure import OutOfRangeError, Recipe, measure_together
+from mergekit_pcb.core.vectors import Aligned
+
+#: Of the merged task vector's norm; what solve.py and spectrum.py promise.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 4e-4}
+LAYOUTS = {
+    "square": Layout(1, 24, 24),
+    "wide": Layout(1, 10, 40),
+    "tall": Layout(1, 40, 10),
+    "transposed": Layout(1, 24, 16, True),
+    "transposed and wide": Layout(1, 8, 40, True),
+    "experts": Layout(3, 12, 8),
+    "experts, transposed": Layout(3, 12, 8, True),
+    "one row": Layout(1, 1, 30),
+    "one column": Layout(1, 30, 1),
+    "one element": Layout(1, 1, 1),
+}
+
+
+def shape_of(layout):
+    one = (layout.columns, layout.rows) if layout.transposed else (layout.rows, layout.columns)
+    return (layout.count, *one)
+
+
+def models(layout, tasks=3, *, kind="full", dtype=torch.float32, seed=0):
+    """A base and its fine-tunes: full, of rank one or two, or with a steeply falling spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shape = shape_of(layout)
+    base = 0.02 * drawn(*shape)
+    found = [base]
+    for _ in range(tasks):
+        if kind.startswith("rank"):
+            rank = int(kind[-1])
+            step = drawn(*shape[:2], rank) @ drawn(shape[0], rank, shape[2])
+        else:
+            step = drawn(*shape)
+            if kind == "falling":
+                left, values, right = torch.linalg.svd(step, full_matrices=False)
+                values = torch.arange(1, values.shape[-1] + 1, dtype=torch.float64) ** -1.5
+                step = (left * values) @ right
+        found.append(base + 1e-2 * step)
+    return [tensor.to(dtype) for tensor in found]
+
+
+def prepared(tensors, *, density=0.2, dare=1.0, name="a tensor"):
+    tasks = len(tensors) - 1
+    aligned = Aligned.of(name, tensors[0], tensors[1:])
+    recipe = Recipe.of([density] * tasks, 1e-4, [dare] * tasks, 0, range(tasks))
+    return aligned, measure_together([aligned], recipe)
+
+
+def expected(tensors, layout, *, weights=None, density=0.2, factors=None, lam=1.0, **chosen):
+    """The reference for every matrix of a tensor, put together again."""
+    tensors = [tensor.double() for tensor in tensors]
+    weights = weights or [1.0] * (len(tensors) - 1)
+    whole = reference(tensors[0], tensors[1:], density=density, weight=weights, dare=factors)
+    own = None if factors is None else factors.view(-1, *tensors[0].shape)
+    found = []
+    for number in range(layout.count):
+        rows = [t[number].T if layout.transposed else t[number] for t in (*tensors, whole)]
+        masks = (
+            None if own is None else [m[number].T if layout.transposed else m[number] for m in own]
+        )
+        prior = rows[-1] - rows[0]
+        made = refined(rows[0], rows[1:-1], prior, weights=weights, dare=masks, lam=lam, **chosen)
+        found.append(made.T if layout.transposed else made)
+    return torch.stack(found)
+
+
+def assert_close(merged, wanted, base, tolerance):
+    """Compare in the norm of the delta; storage rounds too."""
+    delta = (wanted - base.double()).norm()
+    rounding = torch.finfo(base.dtype).eps * base.double().norm()
+    assert (merged.double() - wanted).norm() <= tolerance * delta + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["full", "rank1", "rank2", "falling"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_equals_an_inverse_and_singular_values(layout, kind, dtype):
+    tensors, weights = models(layout, kind=kind, dtype=dtype), [1.0, 0.5, 1.5]
+    aligned, statistics = prepared(tensors)
+    for anchor, exponent in ((0.1, None), (0.1, 1.0), (None, None), (None, 0.0), (1.0, 0.5)):
+        own = refine.Refinement(layout, anchor, exponent)
+        merged = refine.merge(aligned, statistics, weights, 1.3, own).view(tensors[0].shape)
+        assert merged.dtype == dtype
+        wanted = expected(
+            tensors, layout, weights=weights, anchor=anchor, spectrum=exponent, lam=1.3
+        )
+        assert_close(merged, wanted, tensors[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_widened_first(dtype):
+    layout = LAYOUTS["tall"]
+    tensors = models(layout, dtype=dtype)
+    aligned, statistics = prepared(tensors)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, 0.1, None))
+    assert merged.dtype == dtype
+    wanted = expected(tensors, layout)
+    assert_close(merged.view(tensors[0].shape), wanted, tensors[0], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_contributions_are_parts_of_the_sum(layout):
+    tensors, weights = models(layout), [1.0, 0.5, 1.5]
+    aligned, statistics = prepared(tensors)
+    own = refine.Refinement(layout, 0.1, None)
+    parts, step = refine.contributions(aligned, statistics, own)
+    summed = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    made = summed if step is None else refine.apply(step, summed, "a tensor")
+    merged = refine.merge(aligned, statistics, weights, 1.0, own)
+    delta = (merged - aligned.base).double()
+    rounding = torch.finfo(torch.float32).eps * aligned.base.double().norm()
+    assert (made - delta).norm() <= 1e-4 * delta.norm() + rounding
+
+
+def test_dare_thins_the_task_vectors_that_enter():
+    layout = Layout(2, 12, 9)
+    tensors = models(layout)
+    aligned, statistics = prepared(tensors, dare=0.5)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, 0.1, None))
+    count = tensors[0].numel()
+    factors = torch.stack([dare_factors(0, task, "a tensor", count, 0.5) for task in range(3)])
+    wanted = expected(tensors, layout, factors=factors)
+    assert_close(merged.view(tensors[0].shape), wanted, tensors[0], 1e-4)
+
+
+def bits(layout, tensors, **how):
+    aligned, statistics = prepared(tensors, **how)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, 0.1, None))
+    parts, step = refine.contributions(aligned, statistics, refine.Refinement(layout, None, 0.5))
+    return merged, *parts, step
+
+
+def same(one, other):
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dare", [1.0, 0.5])
+def test_bits_do_not_depend_on_chunks(layout, dare):
+    tensors = models(layout)
+    whole = bits(layout, tensors, dare=dare)
+    with pieces(5):
+        assert same(bits(layout, tensors, dare=dare), whole)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(1, 700, 500), Layout(1, 200, 600), Layout(2, 90, 300, True)]
+)
+@pytest.mark.parametrize("kind", ["full", "rank2"])
+def test_the_solve_does_not_depend_on_threads(layout, kind):
+    tensors = models(layout, kind=kind)
+    aligned, statistics = prepared(tensors)
+    own, before = refine.Refinement(layout, 0.1, 1.0), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(refine.merge(aligned, statistics, [1.0] * 3, 1.0, own))
+            found.append(
+                torch.tensor([matrices.norms(Matrix(aligned, layout, 0, torch.float32)).total])
+            )
+    finally:
+        torch.set_num_threads(before)
+    for merged, total in zip(found[2::2], found[3::2], strict=True):
+        assert torch.equal(merged, found[0])
+        assert torch.equal(total, found[1])
+
+
+def test_a_task_that_changed_nothing_takes_no_part():
+    layout = LAYOUTS["square"]
+    tensors = models(layout, 2)
+    with_it = [*tensors, tensors[0].clone()]
+    own = refine.Refinement(layout, 0.1, None)
+    aligned, statistics = prepared(with_it)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own).view(tensors[0].shape)
+    assert_close(merged, expected(with_it, layout), tensors[0], 1e-4)
+    norms = matrices.norms(Matrix(aligned, layout, 0, torch.float32))
+    assert norms.changed == [0, 1]
+    alone, _ = prepared(tensors)
+    assert norms.agreement == matrices.norms(Matrix(alone, layout, 0, torch.float32)).agreement
+
+
+def test_unchanged_matrices_keep_the_bits_of_the_base():
+    layout = Layout(3, 6, 5)
+    tensors = models(layout)
+    for tensor in tensors[1:]:
+        tensor[1] = tensors[0][1]
+    aligned, statistics = prepared(tensors)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, 0.1, None))
+    merged = merged.view(tensors[0].shape)
+    assert torch.equal(merged[1], tensors[0][1])
+    assert not torch.equal(merged[0], tensors[0][0])
+    assert torch.equal(
+        refine.merge(aligned, statistics, [1.0] * 3, 0.0, refine.Refinement(layout, 0.1, None)),
+        aligned.base,
+    )
+
+
+def test_one_task_is_its_own_closed_form():
+    layout = LAYOUTS["wide"]
+    tensors = models(layout, 1)
+    aligned, statistics = prepared(tensors)
+    merged = refine.merge(aligned, statistics, [0.7], 1.0, refine.Refinement(layout, 0.1, None))
+    base, tau = tensors[0][0].double(), tensors[1][0].double() - tensors[0][0].double()
+    prior = reference(tensors[0], tensors[1:], density=0.2, weight=0.7)[0] - base
+    gram = tau.T @ tau / tau.square().sum()
+    ridge = 0.1 / layout.columns
+    wanted = (0.7 * tau @ gram + ridge * prior) @ torch.linalg.inv(
+        gram + ridge * torch.eye(layout.columns)
+    )
+    assert_close(merged.view(base.shape), base + wanted, tensors[0][0], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "agreement"),
+    [
+        ([[1.0, 0.0], [1.0, 0.0]], 1.0),
+        ([[1.0, 0.0], [0.0, 1.0]], 1 / math.sqrt(2)),
+        ([[1.0, 0.0], [-1.0, 0.0]], 0.0),
+        ([[3.0, 0.0], [0.0, 0.0]], 1.0),
+        ([[3.0, 0.0], [0.0, 4.0]], 1 / math.sqrt(2)),
+        ([[1e-30, 0.0], [0.0, 1e-30]], 1 / math.sqrt(2)),
+        ([[1e30, 0.0], [1e30, 0.0]], 1.0),
+        ([[0.0, 0.0], [0.0, 0.0]], 1.0),
+    ],
+)
+def test_how_far_tasks_agree(vectors, agreement):
+    rows = [torch.tensor([vector], dtype=torch.float32) for vector in vectors]
+    aligned = Aligned.of("a tensor", torch.zeros(1, 2), rows)
+    norms = matrices.norms(Matrix(aligned, Layout(1, 1, 2), 0, torch.float32))
+    assert norms.agreement == pytest.approx(agreement, rel=1e-6)
+
+
+def spectra():
+    """Matrices that are hard to decompose."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rotated(values, rows, columns):
+        left, _ = torch.linalg.qr(torch.randn(rows, len(values), generator=generator).double())
+        right, _ = torch.linalg.qr(torch.randn(columns, len(values), generator=generator).double())
+        return (left * torch.tensor(values, dtype=torch.float64)) @ right.T
+
+    falling = torch.logspace(0, -4.5, 60).tolist()
+    yield "clustered", rotated([1.0] * 20 + [0.5] * 20 + [0.5 + 1e-6] * 20, 60, 60)
+    yield "falling to 3e-5", rotated(falling, 60, 60)
+    yield "falling, wide", rotated(falling, 60, 200)
+    yield "falling, tall", rotated(falling, 200, 60)
+    yield "rank one", rotated([2.0], 50, 70)
+    yield "rank five", rotated([5.0, 4.0, 3.0, 2.0, 1.0], 50, 70)
+    yield "two far apart", rotated([1.0, 1e-3], 40, 30)
+    yield "zero", torch.zeros(20, 30).double()
+    yield "tiny", rotated(falling, 60, 60) * 1e-30
+    yield "huge", rotated(falling, 60, 60) * 1e30
+    yield "diagonal", torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])).double()
+
+
+#: What spectrum.py says it is good for in float32, by exponent; in float64 it is 1e-6.
+WITHIN = {0.0: 5e-3, 0.3: 1e-3, 0.5: 3e-4, 0.9: 1e-5}
+
+
+@pytest.mark.parametrize("exponent", WITHIN)
+@pytest.mark.parametrize("name", dict(spectra()))
+def test_a_spectrum_is_evened_as_by_a_decomposition(name, exponent):
+    matrix = dict(spectra())[name]
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, WITHIN[exponent])):
+        found = spectrum.even(matrix.to(dtype), exponent)
+        wanted = evened(matrix.to(dtype), exponent)
+        assert found.dtype == dtype
+        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+        assert float(found.double().norm()) == pytest.approx(float(matrix.norm()), rel=1e-4)
+
+
+def test_an_exponent_of_one_touches_nothing():
+    matrix = torch.randn(9, 7)
+    assert torch.equal(spectrum.even(matrix, 1), matrix)
+
+
+def test_a_null_space_is_not_filled_with_noise():
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(300, 4, generator=generator), torch.randn(4, 200, generator=generator)
+    matrix = left @ right
+    for exponent in (0.0, 0.5):
+        values = torch.linalg.svdvals(spectrum.even(matrix, exponent).double())
+        assert values[4] <= 0.05 * values[3]
+
+
+def test_float64_is_taken_where_float32_does_not_suffice(monkeypatch):
+    layout = Layout(1, 300, 300)
+    tensors = models(layout, kind="rank1")
+    aligned, statistics = prepared(tensors)
+    own = refine.Refinement(layout, 0.01, 1.0)
+    wanted = expected(tensors, layout, anchor=0.01, spectrum=1.0)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own).view(tensors[0].shape)
+    assert_close(merged, wanted, tensors[0], 1e-5)
+    monkeypatch.setattr(solve, "LARGEST_CONDITION", math.inf)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own).view(tensors[0].shape)
+    with pytest.raises(AssertionError):
+        assert_close(merged, wanted, tensors[0], 1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 40), (120, 80), (30, 90)])
+def test_it_holds_no_more_than_it_says(rows, columns):
+    """Of float32 numbers that are alive at once, inputs apart, chunks and blocks being whole."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    alive, most = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal most
+            result = function(*arguments, **(keywords or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                    storage = leaf.untyped_storage()
+                    if storage._cdata not in alive:
+                        alive[storage._cdata] = storage.nbytes() // 4
+                        weakref.finalize(storage, alive.pop, storage._cdata, None)
+            most = max(most, sum(alive.values()))
+            return result
+
+    layout = Layout(1, rows, columns)
+    tensors = models(layout, 2)
+    aligned, statistics = prepared(tensors)
+    norms = matrices.norms(Matrix(aligned, layout, 0, torch.float32))
+    vectors._thread.__dict__.clear()  # buffers that another test left are longer
+    with Watch():
+        solve.solve(Matrix(aligned, layout, 0, torch.float32), statistics, [[1.0, 1.0]], 0.1, norms)
+    count = rows * columns
+    # The buffers of a chunk are as long as the matrix here; both are counted by the caller.
+    assert most <= solve.working_elements(layout) + 16 * count + 4 * matrices.FACTOR_BLOCK**2
+
+
+def test_what_cannot_be_represented_is_refused():
+    layout = LAYOUTS["square"]
+    tensors = [t.half() for t in models(layout)]
+    aligned, statistics = prepared(tensors)
+    with pytest.raises(OutOfRangeError):
+        refine.merge(aligned, statistics, [1e7] * 3, 1.0, refine.Refinement(layout, 0.1, None))
+
+
+def test_a_factor_that_fails_names_the_tensor(monkeypatch):
+    layout = LAYOUTS["square"]
+    aligned, statistics = prepared(models(layout))
+    monkeypatch.setattr(solve, "cholesky_", lambda _: False)
+    with pytest.raises(solve.NotSolvableError, match="a tensor"):
+        refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, 0.1, None))
+    with pytest.raises(OutOfRangeError, match="a tensor"):
+        refine.evened(torch.full((4,), math.nan), Layout(1, 2, 2), 0.5, "a tensor")
+
+
+@pytest.mark.parametrize("size", [1, 100, 128, 129, 300])
+def test_the_factor_is_cholesky(size):
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randn(size + 5, size, generator=generator, dtype=torch.float64)
+    gram = rows.T @ rows
+    factor = gram.clone()
+    assert matrices.cholesky_(factor)
+    torch.testing.assert_close(factor.tril(), torch.linalg.cholesky(gram))
+    assert not matrices.cholesky_(-gram)
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 1100])
+def test_the_symmetric_product(size):
+    rows = torch.randn(7, size, dtype=torch.float64)
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    matrices.add_gram_(gram, rows, 0.5)
+    matrices.mirror_(gram)
+    torch.testing.assert_close(gram, 0.5 * rows.T @ rows)
