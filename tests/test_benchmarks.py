@@ -13,6 +13,11 @@ from conftest import ROOT
     [
         ("kernel", ["--rows", "64", "--columns", "64", "--runs", "1"], r"\| released algorithm \|"),
         (
+            "refine",
+            ["--shape", "64", "64", "--runs", "1"],
+            r"\| pcb, refine: solve \|[\s\S]*Llama-2-7B",
+        ),
+        (
             "gpu",
             ["--device", "cpu", "--elements", "300000"],
             r"floor / pcb +\d+\.\d+[\s\S]*are the same",

@@ -35,15 +35,18 @@ def test_the_first_configuration_and_command(tmp_path, monkeypatch):
 
 
 def test_the_table_of_parameters_is_the_specification():
-    rows = re.findall(r"^\| `(\w+)` \| (per model|top level) \| .*? \| (\S+) \|", README, re.M)
+    pattern = r"^\| `(\w+)` \| (per model|top level) \| [^|]* \| ([^|]+) \|"
+    rows = re.findall(pattern, README, re.M)
     specified = [
         (spec.name, "top level" if spec.scope == "shared" else "per model", spec.default)
         for spec in mergekit_pcb.host.method.PARAMETERS
     ]
 
+    words = {"`none`": "none", "none": "", "`tensor`": "tensor"}
+    words["`auto` with `refine: solve`, else 1"] = None
+
     def value(cell):
-        text = cell.strip("`")
-        return {"none": "", "tensor": "tensor"}[text] if text.isalpha() else float(text)
+        return words[cell] if cell in words else float(cell)
 
     assert [(name, where, value(default)) for name, where, default in rows] == specified
 

@@ -172,3 +172,41 @@ def _delta(tau: torch.Tensor, part: Part | None, density: float) -> torch.Tensor
         weighted += share * size * row.sign()
         divisor += share
     return weighted / divisor.clamp(min=1e-12)
+
+
+def solved(suite: Suite, matrices: Sequence[str], anchor: float, prior: float) -> StateDict:
+    """The merged task vectors of ``refine: solve`` and ``spectrum: auto`` with another prior.
+
+    In place of PCB's merge, the sum of the task vectors times ``prior``, which is also what is
+    merged of all that is no matrix. In float64, by an inverse and a decomposition.
+    """
+    merged = {}
+    for name, base in suite.base.items():
+        taus = [(expert[name] - base).double().flatten(1 if base.ndim > 1 else 0) for expert in suite.experts]
+        total = sum(taus)
+        if name in matrices:
+            total = _evened(_solved(taus, prior * total, anchor), agreement(taus))
+        else:
+            total = prior * total
+        merged[name] = total.reshape(base.shape).to(base.dtype)
+    return merged
+
+
+def _solved(taus: Sequence[torch.Tensor], prior: torch.Tensor, anchor: float) -> torch.Tensor:
+    grams = [tau.T @ tau / tau.square().sum() for tau in taus]
+    system = sum(grams)
+    ridge = anchor * system.diagonal().mean()
+    right = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True)) + ridge * prior
+    return torch.linalg.solve(system + ridge * torch.eye(len(system)), right, left=False)
+
+
+def agreement(taus: Sequence[torch.Tensor]) -> float:
+    """The norm of the task vectors' mean over their root-mean-square norm."""
+    squares = sum(tau.square().sum() for tau in taus)
+    return float(sum(taus).norm() / (len(taus) * squares).sqrt())
+
+
+def _evened(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    raised = values**exponent
+    return (left * (raised * values.norm() / raised.norm())) @ right

@@ -162,7 +162,7 @@ def code() -> str:
     return digest.hexdigest()
 
 
-class _Chosen:
+class Chosen:
     """Merged models that wait for the test data."""
 
     def __init__(self, suite: Suite) -> None:
@@ -208,9 +208,9 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     def told(what: str) -> None:
         click.echo(f"{name} {seed}: {what} after {time.monotonic() - began:.0f} s", err=True)
 
-    suite = BUILD[name](seed, getattr(tier, name))
+    (suite,) = BUILD[name](seed, getattr(tier, name))
     told("trained")
-    first, searched = _Chosen(suite), _Chosen(suite)
+    first, searched = Chosen(suite), Chosen(suite)
     trials: dict[str, list[Trial]] = {}
     for method in METHODS:
         trials[method.name] = method.searched(suite, tier.budget, seed)
@@ -229,7 +229,7 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     some = _some_tasks(suite, max(2, tier.budget // 2), trials)
     told("merged in part")
     # From here on test data are read, and nothing is chosen any more.
-    base = _Chosen(suite)
+    base = Chosen(suite)
     base.add("base", {}, suite.base)
     return Record(
         suite=name,
@@ -261,12 +261,12 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     )
 
 
-def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> _Chosen:
+def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> Chosen:
     """Per-task weights by CMA-ES, around the best setting: PCB's, task arithmetic's and Fisher's.
 
     Fisher merging has no other published knobs than these.
     """
-    chosen = _Chosen(suite)
+    chosen = Chosen(suite)
     for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER):
         knobs = best[method.name]
         merged = _by_weights(suite, method, knobs)
@@ -306,13 +306,13 @@ def _by_weights(
     return partial(combine, suite.base, parts, scale=knobs["lambda"])
 
 
-def _adapted(suite: Suite, best: Knobs, epochs: int) -> _Chosen:
+def _adapted(suite: Suite, best: Knobs, epochs: int) -> Chosen:
     """AdaMerging of PCB's contributions, on the validation images without their labels.
 
     Once from the start of the released AdaMerging, for which nobody needs labels, and once from
     PCB's best setting; beside the same coefficients left as they are.
     """
-    chosen = _Chosen(suite)
+    chosen = Chosen(suite)
     batches = [batch for task in suite.tasks for batch, _ in suite.data["validation"][task]]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
     starts = {
@@ -337,12 +337,12 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> _Chosen:
     return chosen
 
 
-def _ablation(suite: Suite, budget: int) -> _Chosen:
+def _ablation(suite: Suite, budget: int) -> Chosen:
     """PCB without each of its parts; every variant is searched like PCB itself.
 
     Nothing is dropped at density 1, so the variant without the drop has lambda alone to search.
     """
-    chosen = _Chosen(suite)
+    chosen = Chosen(suite)
     for scope in SCOPES:
         for part in ("intra", "inter", "drop", "rescale"):
 
@@ -356,7 +356,7 @@ def _ablation(suite: Suite, budget: int) -> _Chosen:
 
 def _some_tasks(
     suite: Suite, budget: int, trials: dict[str, list[Trial]]
-) -> dict[int, list[_Chosen]]:
+) -> dict[int, list[Chosen]]:
     """Some of the tasks, from two on: the first and the last ones of an order that the seed draws.
 
     Of all tasks the trials are there already; as many of them count as the others get.
@@ -364,20 +364,20 @@ def _some_tasks(
     methods = (LINEAR, TASK_ARITHMETIC, TIES, PCB, PCB_MODEL)
     order = list(suite.tasks)
     random.Random(suite.seed).shuffle(order)  # noqa: S311 - not for secrets
-    chosen: dict[int, list[_Chosen]] = {}
+    chosen: dict[int, list[Chosen]] = {}
     for count in range(2, len(order)):
-        chosen[count] = [_Chosen(suite.among(some)) for some in (order[:count], order[-count:])]
+        chosen[count] = [Chosen(suite.among(some)) for some in (order[:count], order[-count:])]
         for one in chosen[count]:
             for method in methods:
                 one.add_searched(method, budget)
-    chosen[len(order)] = [_Chosen(suite)]
+    chosen[len(order)] = [Chosen(suite)]
     for method in methods:
         chosen[len(order)][0].add_tried(method, best_of(trials[method.name][:budget]))
     return chosen
 
 
-def _clip(suite: Suite, best: dict[str, Knobs], clips: Sequence[float]) -> _Chosen:
-    chosen = _Chosen(suite)
+def _clip(suite: Suite, best: dict[str, Knobs], clips: Sequence[float]) -> Chosen:
+    chosen = Chosen(suite)
     for method in (PCB, PCB_MODEL):
         for clip in clips:
             knobs = {**best[method.name], "clip": clip}

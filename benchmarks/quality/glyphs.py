@@ -13,14 +13,25 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from benchmarks.quality.suite import SPLITS, Batch, Schedule, Sizes, Split, Suite, snapshot, train
+from benchmarks.quality.suite import (
+    NEAR,
+    SPLITS,
+    Batch,
+    Distance,
+    Schedule,
+    Sizes,
+    Split,
+    Suite,
+    snapshot,
+    train,
+)
 
 Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
 Manner = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -117,8 +128,10 @@ class Encoder(torch.nn.Module):
         return TEMPERATURE * self.features(images) @ self.heads[int(task)].T
 
 
-def build(seed: int, schedule: Schedule) -> Suite:
-    """Train the base and its experts, from numbers that depend on ``seed`` alone."""
+def build(
+    seed: int, schedule: Schedule, distances: Sequence[Distance] = (NEAR,)
+) -> Iterator[Suite]:
+    """Train the base, and its experts at each distance, from numbers that ``seed`` decides on."""
     torch.manual_seed(seed)
     sources: dict[str, _Source] = {"digits": _Digits(seed, _upside_down)}
     for task, (points, manner, colours) in ALPHABETS.items():
@@ -127,12 +140,7 @@ def build(seed: int, schedule: Schedule) -> Suite:
     plain = [_Letters(points, seed) for points, *_ in ALPHABETS.values()]
     model.heads = _train_base(model, [_Digits(seed), *plain], schedule)
     base = snapshot(model)
-    experts = []
-    for number, task in enumerate(TASKS):
-        model.load_state_dict(base)
-        batches = partial(_batch, sources[task], number, schedule.batch)
-        train(model.parameters(), model, batches, schedule.expert_steps, schedule.expert_rate)
-        experts.append(snapshot(model))
+    after = torch.get_rng_state(), {task: s.draw.get_state() for task, s in sources.items()}
     data: dict[Split, dict[str, list[Batch]]] = {
         split: {
             task: _cut(*sources[task].part(split, getattr(schedule.looked_at, split)), number)
@@ -140,13 +148,23 @@ def build(seed: int, schedule: Schedule) -> Suite:
         }
         for split in SPLITS
     }
-    return Suite("glyphs", "accuracy", seed, TASKS, model, base, experts, data)
+    for distance in distances:
+        torch.set_rng_state(after[0])
+        experts = []
+        for number, task in enumerate(TASKS):
+            sources[task].draw.set_state(after[1][task])
+            model.load_state_dict(base)
+            batches = partial(_batch, sources[task], number, schedule.batch)
+            train(model.parameters(), model, batches, *distance.of(schedule))
+            experts.append(snapshot(model))
+        yield Suite("glyphs", "accuracy", seed, TASKS, model, base, experts, data)
 
 
 class _Source(Protocol):
     """Images ``[any, 3, SIDE, SIDE]`` of one task, and their classes."""
 
     classes: int
+    draw: torch.Generator
 
     def training(self, labels: torch.Tensor) -> torch.Tensor:
         """Images of these classes to train on, other ones in every call."""

@@ -15,14 +15,16 @@ import json
 import pathlib
 import random
 import sysconfig
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.quality.suite import (
+    NEAR,
     SPLITS,
     Batch,
+    Distance,
     Schedule,
     Sizes,
     Split,
@@ -66,8 +68,10 @@ class Predictor(torch.nn.Module):
         return logits.flatten(0, 1)
 
 
-def build(seed: int, schedule: Schedule) -> Suite:
-    """Train the base and its experts; ``seed`` decides on first weights and batches."""
+def build(
+    seed: int, schedule: Schedule, distances: Sequence[Distance] = (NEAR,)
+) -> Iterator[Suite]:
+    """Train the base, and its experts at each distance; ``seed`` decides on weights and batches."""
     general = texts("general", GENERAL_CHARACTERS)
     files = {task: parts_of(texts(task), general) for task in TASKS}
     tokenizer = demo.new_tokenizer([text for parts in files.values() for text in parts["train"]])
@@ -94,10 +98,7 @@ def build(seed: int, schedule: Schedule) -> Suite:
         return snapshot(model)
 
     base = taught(MIXTURE, schedule.base_steps, schedule.base_rate)
-    experts = []
-    for task in TASKS:
-        model.load_state_dict(base)
-        experts.append(taught({task: 1.0}, schedule.expert_steps, schedule.expert_rate))
+    after = torch.get_rng_state()
     data = {
         split: {
             task: _batches(_spread(rows, getattr(schedule.looked_at, split)))
@@ -109,18 +110,24 @@ def build(seed: int, schedule: Schedule) -> Suite:
         kind: _batches(_spread(demo.sequences(tokenizer, _found(pattern)), schedule.looked_at.test))
         for kind, pattern in ELSEWHERE.items()
     }
-    return Suite(
-        "language",
-        "loss",
-        seed,
-        TASKS,
-        model,
-        base,
-        experts,
-        data,
-        elsewhere,
-        learned_from=list(trained_on.values()),
-    )
+    for distance in distances:
+        torch.set_rng_state(after)
+        experts = []
+        for task in TASKS:
+            model.load_state_dict(base)
+            experts.append(taught({task: 1.0}, *distance.of(schedule)))
+        yield Suite(
+            "language",
+            "loss",
+            seed,
+            TASKS,
+            model,
+            base,
+            experts,
+            data,
+            elsewhere,
+            learned_from=list(trained_on.values()),
+        )
 
 
 def texts(kind: str, characters: int = CHARACTERS) -> list[str]:

@@ -41,6 +41,26 @@ class Schedule:
     looked_at: Sizes
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far experts are trained from their base, in multiples of a schedule's steps and rate."""
+
+    name: str
+    steps: int = 1
+    rate: int = 1
+
+    def of(self, schedule: Schedule) -> tuple[int, float]:
+        return self.steps * schedule.expert_steps, self.rate * schedule.expert_rate
+
+
+NEAR = Distance("near")
+DISTANCES = (
+    NEAR,
+    Distance("four times the steps", steps=4),
+    Distance("five times the rate", rate=5),
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Suite:
     """Models and data of one seed.

@@ -182,7 +182,8 @@ def search(
     model is scored by COMMAND; use validation data, never the test set. Trials are logged
     as JSON lines, --resume continues a search that was stopped, and stock mergekit runs the best
     configuration. Searching density merges anew for each trial; weights and lambda do not.
-    Needs (n + 2) float32 copies of the model on disk for n tasks. OPTIONS are mergekit's own.
+    A trial is one weighted sum and, under `refine: solve` or `spectrum`, one decomposition per
+    matrix. Needs (n + 2) float32 copies of the model on disk for n tasks. OPTIONS are mergekit's.
 
     Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
     """

@@ -1,7 +1,8 @@
 """The paper's evolution strategy: per-task weights by CMA-ES against a score of your own.
 
 The strategy itself, and the search for models in memory. Statistics are measured once. The
-result is linear in the weights, so a trial is one weighted sum.
+result is linear in the weights, so a trial is one weighted sum; where the spectrum is evened, a
+step per matrix follows on it.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def search_weights(
     ``score`` takes a merged state dict and returns a number, better if higher (lower with
     ``minimize``). ``parameters`` are those of
     :func:`~mergekit_pcb.state_dicts.contributions`, which runs once; a trial is one weighted
-    sum. ``budget`` counts calls of ``score``; the first is at ``start``. An exception of
+    sum, and a step per matrix where the spectrum is evened. ``budget`` counts calls of ``score``; the first is at ``start``. An exception of
     ``score`` ends the search.
     """
     require_cma()  # complain before the work

@@ -1,6 +1,7 @@
 """A search over a configuration: a folder with a log, trials on disk, the best one as YAML.
 
-What each task contributes is computed once, and a trial is one weighted sum of files. Every
+What each task contributes is computed once, and a trial is one weighted sum of files (and, where
+the spectrum is evened, one step per matrix on it). Every
 trial is on disk before the next begins, and the same seed tries the same weights, so a search
 that was killed goes on by replaying its log.
 """
