@@ -541,7 +541,11 @@ def test_a_trial_of_a_search_is_the_merge(tmp_path, family):
         "print(number)\n"
     )
     command = f"python {script} {{model}}"
-    run("mergekit-pcb", "search", file, "--evaluate", command, "--budget", "2", "-o", best)
+    searched = run(
+        "mergekit-pcb", "search", file, "--evaluate", command, "--budget", "2", "-o", best
+    )
+    said = searched.stdout + searched.stderr
+    assert said.count("evens the singular values of 29 matrices") == 1
     config = yaml.safe_load(best.read_text())
     out, _ = merge(tmp_path, config)
     scored, merged, base = tensors(kept / "1"), tensors(out), tensors(family[0])

@@ -182,7 +182,10 @@ def solved(suite: Suite, matrices: Sequence[str], anchor: float, prior: float) -
     """
     merged = {}
     for name, base in suite.base.items():
-        taus = [(expert[name] - base).double().flatten(1 if base.ndim > 1 else 0) for expert in suite.experts]
+        taus = [
+            (expert[name] - base).double().flatten(1 if base.ndim > 1 else 0)
+            for expert in suite.experts
+        ]
         total = sum(taus)
         if name in matrices:
             total = _evened(_solved(taus, prior * total, anchor), agreement(taus))

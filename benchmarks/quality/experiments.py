@@ -156,8 +156,8 @@ def code() -> str:
     digest = hashlib.blake2b(digest_size=8)
     here = pathlib.Path(__file__).parent
     package = pathlib.Path(mergekit_pcb.__file__).parent
-    for file in (*sorted(here.glob("*.py")), *sorted(package.glob("*.py"))):
-        if file.name not in ("__main__.py", "tables.py"):
+    for file in (*sorted(here.glob("*.py")), *sorted(package.rglob("*.py"))):
+        if file.name not in ("__main__.py", "tables.py", "refined_tables.py"):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -57,11 +57,23 @@ class Switch:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of a few values, the first setting among them."""
+
+    name: str
+    first: float
+    values: tuple[float, ...]
+
+    def at(self, place: float) -> float:
+        return self.values[min(int(place * len(self.values)), len(self.values) - 1)]
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to merge a suite's experts into one state dict."""
 
     name: str
-    knobs: tuple[Knob | Switch, ...]
+    knobs: tuple[Knob | Switch | Choice, ...]
     merge: Callable[[Suite, Knobs], StateDict]
 
     def trials(self, budget: int, seed: int) -> list[Knobs]:

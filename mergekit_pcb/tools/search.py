@@ -190,8 +190,8 @@ def search_weights(
     ``score`` takes a merged state dict and returns a number, better if higher (lower with
     ``minimize``). ``parameters`` are those of
     :func:`~mergekit_pcb.state_dicts.contributions`, which runs once; a trial is one weighted
-    sum, and a step per matrix where the spectrum is evened. ``budget`` counts calls of ``score``; the first is at ``start``. An exception of
-    ``score`` ends the search.
+    sum, and a step per matrix where the spectrum is evened. ``budget`` counts calls of ``score``;
+    the first is at ``start``. An exception of ``score`` ends the search.
     """
     require_cma()  # complain before the work
     parts = contributions(base, experts, **parameters)

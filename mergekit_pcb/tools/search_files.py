@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,7 +60,10 @@ def run(job: Job, options: Any, *, resume: bool) -> Found:
     merge = _Merges(job, options)
 
     def evaluate(weights: Sequence[float], shared: dict[str, float]) -> float:
-        return _score(job, merge.trial(weights, shared))
+        model = merge.trial(weights, shared)
+        if (said := merge.outlook()) is not None:
+            bar.write(said)
+        return _score(job, model)
 
     found = Found([], job.minimize)
     trials = search(evaluate, space, job.budget, seed=job.seed, minimize=job.minimize, past=past)
@@ -189,6 +193,18 @@ class _Merges:
         self._skeleton, self._parts = job.folder / "merged", job.folder / "contributions"
         self._trial = job.folder / "trial"
         self._intact = self._linear and self._stored_whole()
+        #: Of the first sum: its seconds, and how many matrices had their spectrum evened.
+        self._first: tuple[float, int] | None = None
+
+    def outlook(self) -> str | None:
+        """What a trial of sums takes, once, after the first."""
+        if self._first is None or not self._first[1]:
+            return None
+        (seconds, matrices), self._first = self._first, (0.0, 0)
+        return (
+            f"each trial is a weighted sum of files and evens the singular values of {matrices} "
+            f"matrices: {seconds:.1f} s before it is scored"
+        )
 
     def trial(self, weights: Sequence[float], shared: dict[str, float]) -> pathlib.Path:
         """The folder of a trial's model; what cannot be written whole is removed."""
@@ -277,6 +293,7 @@ class _Merges:
         """Write the sum for these values; for those that are not searched, as they were merged."""
         from safetensors.torch import load_file, save_file
 
+        began, evened = time.monotonic(), 0
         stored = json.loads((self._parts / "index.json").read_text())
         index = stored["tensors"]
         self._trial.mkdir()
@@ -299,10 +316,13 @@ class _Merges:
                     chosen = weights[int(position)] if weights else weight
                     summed.add_(parts[f"task {position}"], alpha=chosen)
                 if merged["spectrum"] is not None:
-                    summed = apply(_spectrum(merged["spectrum"]), summed, name)
+                    step = _spectrum(merged["spectrum"])
+                    summed, evened = apply(step, summed, name), evened + step.layout.count
                 value.add_(summed, alpha=factor)
                 state[name] = value.to(state[name].dtype).view(state[name].shape)
             save_file(state, self._trial / file.name, metadata=metadata)
+        if self._first is None:
+            self._first = time.monotonic() - began, evened
 
 
 def _spectrum(stored: dict[str, Any]) -> Spectrum:
