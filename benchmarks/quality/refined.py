@@ -136,8 +136,8 @@ def _other_prior(suite: Suite) -> StateDict:
 
 
 #: Two changes favour WUDI-Merging. Its authors leave what is no matrix at the base's values, and
-#: here it gets the mean, as the others do; and their rate of 1e-5 belongs to smaller task vectors: on
-#: seeds that are not reported 1e-4 was better by far, and so comes first here.
+#: here it gets the mean, as the others do; and their rate of 1e-5 belongs to smaller task vectors:
+#: on seeds that are not reported 1e-4 was better by far, and so comes first here.
 METHODS_OF_THIS: Sequence[Method] = (
     LINEAR,
     TASK_ARITHMETIC,
