@@ -48,6 +48,27 @@ def test_entropy_falls_and_the_result_is_the_combination(models, granularity):
     assert again.entropies == found.entropies
 
 
+def test_solved_matrices_are_adapted_through_their_spectrum(models):
+    base, experts = models
+    batches = list(torch.randn(4, 16, 6))
+    chosen = {"density": 0.6, "refine": "solve"}
+    found = adamerge(base, base, experts, batches, epochs=20, **chosen)
+    assert sum(found.entropies[-4:]) < sum(found.entropies[:4])
+    parts = contributions(base, experts, **chosen)
+    assert set(parts.spectra) == {"0.weight"}
+    expected = combine(base, parts, found.coefficients)
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in found.state_dict.items())
+    weights = torch.tensor([1.0, 0.5, 1.5], requires_grad=True)
+    combine(base, parts, weights)["0.weight"].square().sum().backward()
+    for task in range(3):
+        with torch.no_grad():
+            moved = [weights.clone() for _ in range(2)]
+            moved[0][task] += 1e-2
+            moved[1][task] -= 1e-2
+            up, down = (combine(base, parts, w)["0.weight"].square().sum() for w in moved)
+        assert float(weights.grad[task]) == pytest.approx(float((up - down) / 2e-2), rel=1e-3)
+
+
 def test_the_gradient_is_the_contribution():
     base = {"w": torch.randn(4, 3)}
     experts = [{"w": base["w"] + 0.1 * torch.randn(4, 3)} for _ in range(2)]

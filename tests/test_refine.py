@@ -391,3 +391,34 @@ def test_the_symmetric_product(size):
     matrices.add_gram_(gram, rows, 0.5)
     matrices.mirror_(gram)
     torch.testing.assert_close(gram, 0.5 * rows.T @ rows)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (7, 1)])
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 0.8])
+def test_gradients_pass_through_the_spectrum(shape, exponent):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda rows: spectrum.even(rows, exponent), (matrix,))
+
+
+def test_gradients_are_finite_where_those_of_a_decomposition_are_not():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    low_rank = torch.randn(5, 2, generator=generator, dtype=torch.float64) @ torch.randn(
+        2, 4, generator=generator, dtype=torch.float64
+    )
+    for matrix in (low_rank, torch.eye(5, 4, dtype=torch.float64), torch.zeros(5, 4).double()):
+        matrix.requires_grad_()
+        (spectrum.even(matrix, 0.5) * weights).sum().backward()
+        assert matrix.grad.isfinite().all()
+    # Equal singular values: along a change that keeps them equal, the differences tell.
+    matrix = 2 * torch.eye(4, dtype=torch.float64)
+    matrix.requires_grad_()
+    (spectrum.even(matrix, 0.5) * weights[:4]).sum().backward()
+    step = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    step = step - step.T  # a turn
+    moved = [
+        (spectrum.even(matrix.detach() + h * step, 0.5) * weights[:4]).sum() for h in (1e-6, -1e-6)
+    ]
+    slope = float((moved[0] - moved[1]) / 2e-6)
+    assert float((matrix.grad * step).sum()) == pytest.approx(slope, rel=1e-5)
