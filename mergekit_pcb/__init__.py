@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
     from mergekit_pcb.errors import PCBError
     from mergekit_pcb.host.method import PCBMerge
-    from mergekit_pcb.state_dicts import combine, contributions
+    from mergekit_pcb.state_dicts import Contributions, combine, contributions
     from mergekit_pcb.tools.adamerge import adamerge
     from mergekit_pcb.tools.search import search_weights
 
 __version__ = "0.1.0"
 __all__ = [
+    "Contributions",
     "PCBError",
     "PCBMerge",
     "__version__",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Contributions": "mergekit_pcb.state_dicts",
     "PCBError": "mergekit_pcb.errors",
     "PCBMerge": "mergekit_pcb.host.method",
     "adamerge": "mergekit_pcb.tools.adamerge",

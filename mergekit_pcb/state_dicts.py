@@ -122,6 +122,12 @@ def combine(
     requires gradients, so does the result. Tensors without contributions, such as integer
     buffers, are the base's own.
     """
+    if not isinstance(contributions, Contributions):
+        raise PCBError(
+            f"combine a {type(contributions).__name__}",
+            "it does not say whether a step follows on the sum",
+            "give what contributions() returned, or Contributions(…) of your own state dicts",
+        )
     merged = dict(_state_dict(base))
     names = contributions[0] if len(contributions) else ()
     for name in names:

@@ -1,5 +1,6 @@
 """The quality benchmark: its data, its baselines, its command, and what is stored of it."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -14,9 +15,19 @@ from conftest import ROOT
 # Behind the installed package, so that it is the one that is benchmarked.
 sys.path.append(str(ROOT))
 
-from benchmarks.quality import baselines, experiments, glyphs, language, methods, tables
+from benchmarks.quality import (
+    baselines,
+    choices,
+    experiments,
+    glyphs,
+    language,
+    methods,
+    refined,
+    refined_tables,
+    tables,
+)
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.suite import SPLITS, Suite
+from benchmarks.quality.suite import DISTANCES, SPLITS, Suite
 
 STORED = ROOT / "benchmarks" / "quality" / "results"
 
@@ -205,12 +216,89 @@ def test_trials_of_all_tasks_are_those_of_a_shorter_search(suite):
     trials = {method.name: method.searched(suite, 6, suite.seed) for method in some}
     (chosen,) = experiments._some_tasks(suite, 3, trials)[2]
     assert len(chosen.rows) == 5
-    anew = experiments._Chosen(suite)
+    anew = experiments.Chosen(suite)
     for name, _, score, state in chosen.rows:
         (method,) = (method for method in some if method.name == name)
         anew.add_searched(method, 3)
         assert anew.rows[-1][:3] == chosen.rows[len(anew.rows) - 1][:3]
         assert suite.validation(state) == score
+
+
+def test_near_experts_are_the_same_whatever_comes_after_them():
+    """Each distance begins where the base ended: from its generators and its weights."""
+    schedule = experiments.TIERS["small"].glyphs
+    schedule = dataclasses.replace(schedule, base_steps=3, expert_steps=2)
+    (alone,) = glyphs.build(0, schedule)
+    near, longer, faster = glyphs.build(0, schedule, DISTANCES)
+    for one, other in zip(alone.experts, near.experts, strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for far in (longer, faster):
+        assert all(torch.equal(t, far.base[n]) for n, t in near.base.items())
+        assert not torch.equal(
+            far.experts[0]["projection.weight"], near.experts[0]["projection.weight"]
+        )
+
+
+def test_another_prior_is_the_package_but_for_the_prior(suite):
+    """At density 1 with one expert, PCB's merge is nearly the task vector, and so is the prior."""
+    one = dataclasses.replace(suite, experts=suite.experts[:1])
+    matrices = refined.matrices_of(one)
+    assert matrices == ["hidden.weight", "out.weight"]
+    found = baselines.solved(one, matrices, 0.1, 1.0)
+    for name in matrices:
+        tau = (one.experts[0][name] - one.base[name]).flatten(1).double()
+        gram = tau.T @ tau / tau.square().sum()
+        # With the task vector itself as prior the solution is the task vector.
+        assert torch.allclose(found[name].flatten(1).double(), tau, atol=1e-6)
+        assert torch.allclose(
+            baselines.solution([tau], 0 * tau, 1e-9) @ gram, tau @ gram, atol=1e-6
+        )
+    pair = [torch.eye(2), torch.eye(2).flip(0)]
+    assert baselines.agreement(pair) == pytest.approx(1 / math.sqrt(2))
+
+
+def test_every_method_beside_refine_merges(suite, tmp_path, monkeypatch):
+    """The whole of a record on a suite that needs no training, and the tables of two of them."""
+    monkeypatch.setattr(refined, "BUILD", {"language": lambda *_: iter([suite] * 3)})
+    seen = []
+    for method in refined.METHODS_OF_THIS:
+        state = method.merge(suite, method.trials(1, 0)[0])
+        assert all(tensor.isfinite().all() for tensor in state.values()), method.name
+        seen.append(torch.cat([tensor.flatten() for tensor in state.values()]))
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
+    for seed in (1, 2):
+        refined.run("language", seed, "small", tmp_path)
+    records = refined._read(tmp_path)
+    assert len(records) == 6
+    (own,) = (row for row in records[0].searched if row.method == refined.OURS)
+    assert own.validation == pytest.approx(max(t[0] for t in records[0].trials[refined.OURS]))
+    text = refined_tables.write(records, tmp_path)
+    assert text.count("**") >= 2 * 6
+    assert (tmp_path / "refined.png").exists()
+    for row in records[0].first:
+        assert text.count(f"| {row.method}") >= 2
+
+
+def test_what_was_chosen_is_on_seeds_that_no_table_reports(tmp_path):
+    result = CliRunner().invoke(choices.main, ["--seed", "10", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "tables report it" in result.output
+
+
+def test_rules_for_lambda_of_experts_that_are_known(suite):
+    """Orthogonal experts of one norm: nothing is shared, and the sum is as long as the experts."""
+    case = choices.Case("known", suite)
+    for name in case.matrices:
+        first, second = (torch.zeros_like(tau) for tau in case.taus[name])
+        first[0, 0], second[1, 1] = 1.0, 1.0
+        case.taus[name] = [first, second]
+        case.prior[name] = first + second
+    merged = {name: case.merged(name) for name in case.matrices}
+    assert choices._least_squares(case, merged) == pytest.approx(1.0)
+    assert choices._explained(case, merged) == pytest.approx(1.0)
+    assert choices._as_far_as_an_expert(case, merged) == pytest.approx(1 / math.sqrt(2))
+    for rule in (choices._disagreement, choices._nuclear):
+        assert all(value == pytest.approx(1.0) for value in rule(case, merged).values())
 
 
 def test_no_text_is_in_two_parts():
@@ -278,9 +366,9 @@ def test_a_small_tier_of_everything(tmp_path):
             trials = record.trials[chosen.method]
             assert (tried.validation, tried.knobs) == trials[0]
             assert (chosen.validation, chosen.knobs) == max(trials, key=lambda trial: trial[0])
-        for count, choices in record.tasks_merged.items():
-            assert {len(row.test) for choice in choices for row in choice} == {count}
-            assert len(choices) == (1 if count == len(record.tasks) else 2)
+        for count, ways in record.tasks_merged.items():
+            assert {len(row.test) for choice in ways for row in choice} == {count}
+            assert len(ways) == (1 if count == len(record.tasks) else 2)
         if record.metric == "loss":  # so few steps already help
             own = sum(record.individual.values())
             assert own > sum(record.base.test.values())

@@ -188,14 +188,15 @@ def solved(suite: Suite, matrices: Sequence[str], anchor: float, prior: float) -
         ]
         total = sum(taus)
         if name in matrices:
-            total = _evened(_solved(taus, prior * total, anchor), agreement(taus))
+            total = evened(solution(taus, prior * total, anchor), agreement(taus))
         else:
             total = prior * total
         merged[name] = total.reshape(base.shape).to(base.dtype)
     return merged
 
 
-def _solved(taus: Sequence[torch.Tensor], prior: torch.Tensor, anchor: float) -> torch.Tensor:
+def solution(taus: Sequence[torch.Tensor], prior: torch.Tensor, anchor: float) -> torch.Tensor:
+    """``refine: solve`` for one matrix ``[out, in]`` and any prior, all weights 1."""
     grams = [tau.T @ tau / tau.square().sum() for tau in taus]
     system = sum(grams)
     ridge = anchor * system.diagonal().mean()
@@ -209,7 +210,8 @@ def agreement(taus: Sequence[torch.Tensor]) -> float:
     return float(sum(taus).norm() / (len(taus) * squares).sqrt())
 
 
-def _evened(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+def evened(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Singular values raised to ``exponent``, Frobenius norm kept."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     raised = values**exponent
     return (left * (raised * values.norm() / raised.norm())) @ right

@@ -37,7 +37,7 @@ from benchmarks.quality.methods import (
     best_of,
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
-from mergekit_pcb import adamerge, combine, contributions
+from mergekit_pcb import Contributions, adamerge, combine, contributions
 from mergekit_pcb.files import write_text
 from mergekit_pcb.tools import search
 
@@ -296,10 +296,12 @@ def _by_weights(
     if method is FISHER:
         return partial(baselines.fisher, suite)
     if method is TASK_ARITHMETIC:
-        parts = [
-            {name: expert[name] - base for name, base in suite.base.items()}
-            for expert in suite.experts
-        ]
+        parts = Contributions(
+            [
+                {name: expert[name] - base for name, base in suite.base.items()}
+                for expert in suite.experts
+            ]
+        )
     else:
         scope = "model" if method is PCB_MODEL else "tensor"
         parts = contributions(suite.base, suite.experts, density=knobs["density"], scope=scope)

@@ -35,10 +35,9 @@ from benchmarks.quality.methods import (
     best_of,
 )
 from benchmarks.quality.suite import DISTANCES, StateDict, Suite
-from mergekit_pcb import combine, contributions
+from mergekit_pcb import Contributions, combine, contributions
 from mergekit_pcb.files import write_text
 from mergekit_pcb.host.kinds import kinds_of, layout_of
-from mergekit_pcb.state_dicts import Contributions
 
 OURS = "pcb, refine: solve"
 
