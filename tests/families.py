@@ -73,23 +73,6 @@ FAMILIES = {
         ),
         text,
     ),
-    "Mixtral": (
-        lambda: _transformers(
-            "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, head_dim=8, **TEXT
-        ),
-        text,
-    ),
-    "gpt-oss": (
-        lambda: _transformers(
-            "GptOssForCausalLM",
-            "GptOssConfig",
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            head_dim=8,
-            **TEXT,
-        ),
-        text,
-    ),
     "GPT-2": (
         lambda: _transformers(
             "GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=64
@@ -162,10 +145,31 @@ FAMILIES = {
     ),
 }
 
+#: Mixtures whose experts are stored in other ways than those of the table above.
+MIXTURES = {
+    "Mixtral": (
+        lambda: _transformers(
+            "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, head_dim=8, **TEXT
+        ),
+        text,
+    ),
+    "gpt-oss": (
+        lambda: _transformers(
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            **TEXT,
+        ),
+        text,
+    ),
+}
+
 
 def build(family):
     torch.manual_seed(0)
-    return FAMILIES[family][0]().eval()
+    return {**FAMILIES, **MIXTURES}[family][0]().eval()
 
 
 def save(directory, family, names, *, shard_size="10GB", size=2e-2):

@@ -161,7 +161,7 @@ def test_legends_show_every_name(monkeypatch):
     """The words of a picture, before they are drawn as paths."""
     from matplotlib.figure import Figure
 
-    from mergekit_pcb.tools import counts, figures
+    from mergekit_pcb.tools import counts, page
 
     texts, legends = [], []
     savefig = Figure.savefig
@@ -177,7 +177,7 @@ def test_legends_show_every_name(monkeypatch):
     report = counts.Report(
         version="0", configuration="", scope="tensor", tasks=list(NAMES), tensors={"a$b$": one}
     )
-    figures.page(report, [["task"]], [])
+    page.page(report, [["task"]], [])
     shown = [
         r"a$\frac{$",
         "_hidden",
