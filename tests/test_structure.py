@@ -77,7 +77,6 @@ ARROWS = {
         "host.parameters",
     },
     "host.refined": {
-        "core.matrices",
         "core.refine",
         "core.solve",
         "core.spectrum",
@@ -152,6 +151,7 @@ ARROWS = {
         "core.refine",
         "errors",
         "files",
+        "host.groups",
         "host.method",
         "host.plan",
         "host.planning",

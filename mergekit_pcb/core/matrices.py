@@ -42,6 +42,13 @@ class Layout:
         """Of one matrix."""
         return self.rows * self.columns
 
+    def block_rows(self, *, whole: bool = False) -> int:
+        """Rows that are taken at a time: all, if asked for or where rows are not contiguous."""
+        fewest, most = BLOCK_ROWS
+        if whole or self.transposed:
+            return self.rows
+        return min(self.rows, most, max(fewest, BLOCK_ELEMENTS // self.columns))
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -67,18 +74,22 @@ class Matrix:
             return flat.view(self.layout.columns, self.layout.rows).T
         return flat.view(-1, self.layout.columns)
 
-    def chunks(self, begin: int | None = None, end: int | None = None) -> Iterator[Chunk]:
+    def chunks(
+        self, flat: torch.Tensor, begin: int | None = None
+    ) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Chunks, and the parts of ``flat`` that lie where they do.
+
+        ``flat`` stands for elements of the matrix, from ``begin`` on, or for all of it.
+        """
         begin = self.start if begin is None else begin
-        end = self.end if end is None else end
-        return self.aligned.chunks(Scratch.of_thread(self.dtype), begin, end)
+        scratch = Scratch.of_thread(self.dtype)
+        for chunk in self.aligned.chunks(scratch, begin, begin + len(flat)):
+            yield chunk, flat[chunk.start - begin :][: len(chunk.base)]
 
     def blocks(self, *, whole: bool = False) -> list[tuple[slice, int, int]]:
         """Some rows each, and where their elements begin and end in the tensor."""
         rows, columns = self.layout.rows, self.layout.columns
-        if whole or self.layout.transposed:
-            return [(slice(0, rows), self.start, self.end)]
-        fewest, most = BLOCK_ROWS
-        step = min(most, max(fewest, BLOCK_ELEMENTS // columns))
+        step = self.layout.block_rows(whole=whole)
         return [
             (
                 slice(row, min(row + step, rows)),
@@ -88,12 +99,11 @@ class Matrix:
             for row in range(0, rows, step)
         ]
 
-    def task_vector(self, task: int, begin: int, end: int, out: torch.Tensor) -> torch.Tensor:
-        """Elements of a task vector from ``begin`` to ``end``, in the memory of ``out``."""
-        for chunk in self.chunks(begin, end):
-            place = chunk.start - begin
-            out[place : place + len(chunk.base)] = chunk.task_vector(task)
-        return out[: end - begin]
+    def task_vector(self, task: int, begin: int, out: torch.Tensor) -> torch.Tensor:
+        """As many elements of a task vector, from ``begin`` on, as ``out`` is long; in ``out``."""
+        for chunk, part in self.chunks(out, begin):
+            part.copy_(chunk.task_vector(task))
+        return out
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def norms(matrix: Matrix) -> Norms:
         end = min(begin + NORM_ELEMENTS, matrix.end)
         tau, total = buffers[:, : end - begin]
         for task, norms in enumerate(found[:-1]):
-            matrix.task_vector(task, begin, end, tau)
+            matrix.task_vector(task, begin, tau)
             norms += _norms_of_pieces(tau)
             total.copy_(tau) if task == 0 else total.add_(tau)
         found[-1] += _norms_of_pieces(total)

@@ -29,27 +29,30 @@ def merge(
     dtype; elements no task weighs keep the base's bits. Raises
     :class:`~mergekit_pcb.core.measure.OutOfRangeError` where that dtype cannot hold the result.
     """
-    competing = _competing(statistics)
-    if not competing or scale == 0 or not len(aligned):
+    if not _competing(statistics) or scale == 0 or not len(aligned):
         return aligned.base.clone()
     signed_weights = [-scale * weight for weight in weights]
     if max(map(abs, signed_weights)) > torch.finfo(statistics.dtype).max:
         raise OutOfRangeError(aligned.name)
     merged = torch.empty_like(aligned.base)
-    limit = torch.finfo(merged.dtype).max
     overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
     parts = torch.split(merged, chunk_elements(merged.device))
     chunks = aligned.under(statistics.dare).chunks(Scratch.of_thread(statistics.dtype))
     for part, chunk in zip(parts, chunks, strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
-        opposite = _delta(chunk, competing, statistics, signed_weights)
+        opposite = delta(chunk, statistics, signed_weights)
         values = torch.sub(chunk.base, opposite, out=opposite)
         part.copy_(values)
-        # NaN fails the comparison too.
-        overflow |= ~(torch.stack(torch.aminmax(values)).abs() <= limit).all()
+        overflow |= beyond(values, merged.dtype)
     if overflow:
         raise OutOfRangeError(aligned.name)
     return merged
+
+
+def beyond(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Whether any value is more than ``dtype`` can hold, as one flag on the values' device."""
+    # NaN fails the comparison too.
+    return ~(torch.stack(torch.aminmax(values)).abs() <= torch.finfo(dtype).max).all()
 
 
 def contributions(aligned: Aligned, statistics: Statistics) -> tuple[torch.Tensor, ...]:
@@ -76,24 +79,17 @@ def parts_of(chunk: Chunk, statistics: Statistics, *, out: torch.Tensor) -> torc
 
 
 def delta(chunk: Chunk, statistics: Statistics, weights: Sequence[float]) -> torch.Tensor:
-    """``Σ_i weight_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of a chunk: borrowed, as all of a chunk is."""
-    return _delta(chunk, _competing(statistics), statistics, weights)
+    """``Σ_i weight_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of a chunk, never −0.0; borrowed."""
+    numerator = chunk.scratch("numerator", chunk.base).zero_()
+    divisor = chunk.scratch("divisor", chunk.base).zero_()
+    for task, share, clamped in _shares(chunk, _competing(statistics), statistics):
+        divisor.add_(share)
+        numerator.add_(share.mul_(clamped), alpha=weights[task])
+    return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 
 def _competing(statistics: Statistics) -> list[int]:
     return [task for task, balance in enumerate(statistics.balances) if not balance.silent]
-
-
-def _delta(
-    chunk: Chunk, competing: Sequence[int], statistics: Statistics, weights: Sequence[float]
-) -> torch.Tensor:
-    """The weighted mean of the clamped task vectors of a chunk; never −0.0."""
-    numerator = chunk.scratch("numerator", chunk.base).zero_()
-    divisor = chunk.scratch("divisor", chunk.base).zero_()
-    for task, share, clamped in _shares(chunk, competing, statistics):
-        divisor.add_(share)
-        numerator.add_(share.mul_(clamped), alpha=weights[task])
-    return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 
 def _shares(

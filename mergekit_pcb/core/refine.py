@@ -13,7 +13,7 @@ import torch
 
 from mergekit_pcb.core.matrices import Layout, Matrix, Norms, norms
 from mergekit_pcb.core.measure import OutOfRangeError, Statistics
-from mergekit_pcb.core.merge import delta
+from mergekit_pcb.core.merge import beyond, delta
 from mergekit_pcb.core.solve import NotSolvableError, solve
 from mergekit_pcb.core.spectrum import even
 from mergekit_pcb.core.vectors import Aligned
@@ -55,12 +55,10 @@ def merge(
     merged = aligned.base.clone()
     if scale == 0:
         return merged
-    limit = torch.finfo(merged.dtype).max
     for found in refined(aligned, statistics, weights, refinement):
         place = slice(found.matrix.start, found.matrix.end)
         values = found.merged.mul_(scale).add_(merged[place])
-        # NaN fails the comparison too.
-        if not (torch.stack(torch.aminmax(values)).abs() <= limit).all():
+        if beyond(values, merged.dtype):
             raise OutOfRangeError(aligned.name)
         merged[place] = values
     return merged
@@ -163,8 +161,7 @@ def _unevened(
         flat = torch.empty(
             matrix.layout.elements, dtype=matrix.dtype, device=matrix.aligned.base.device
         )
-        for chunk in matrix.chunks():
-            place = chunk.start - matrix.start
-            flat[place : place + len(chunk.base)] = delta(chunk, statistics, row)
+        for chunk, part in matrix.chunks(flat):
+            part.copy_(delta(chunk, statistics, row))
         found.append(flat)
     return found

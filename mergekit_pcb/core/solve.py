@@ -60,8 +60,7 @@ def working_elements(layout: Layout) -> int:
     rows, columns = layout.rows, layout.columns
     if _from_the_left(layout):
         return columns * columns + rows * rows + rows * columns
-    block = rows * columns if layout.transposed else min(rows * columns, 1 << 23)
-    return 2 * columns * columns + block
+    return 2 * columns * columns + layout.block_rows() * columns
 
 
 def flops(layout: Layout, tasks: int) -> int:
@@ -94,20 +93,17 @@ def _solved(
         return results
     shape = layout.columns, layout.columns
     ridged = torch.zeros(shape, dtype=dtype, device=device)  # A, and in the end A + e I
-    add = _add_from_the_left if _from_the_left(layout) else _add_from_the_right
     # The trace of every G_i is 1.
     largest = LARGEST_CONDITION * anchor / layout.columns if dtype != torch.float64 else math.inf
     for task in norms.changed:
         own = [row[task] * norms.tasks[task] for row in weights]
-        if not add(matrix, task, 1 / norms.tasks[task], own, ridged, results, largest):
+        if not _add(matrix, task, 1 / norms.tasks[task], own, ridged, results, largest):
             return None
     mirror_(ridged)
     ridge = anchor * len(norms.changed) / layout.columns
     ridged.diagonal().add_(ridge)
     for result, row in zip(results, weights, strict=True):
-        for chunk in matrix.chunks():
-            place = chunk.start - matrix.start
-            part = result[place : place + len(chunk.base)]
+        for chunk, part in matrix.chunks(result):
             part.add_(delta(chunk, statistics, row), alpha=ridge)
     if not cholesky_(ridged):
         raise NotSolvableError(matrix.aligned.name, "its ridge is lost in rounding")
@@ -116,7 +112,7 @@ def _solved(
     return results
 
 
-def _add_from_the_right(
+def _add(
     matrix: Matrix,
     task: int,
     scale: float,
@@ -127,41 +123,30 @@ def _add_from_the_right(
 ) -> bool:
     """Add ``G`` to the lower half of ``gram``, and ``weight τ G`` to each result.
 
-    False, and no answer, where an eigenvalue of ``G`` is above ``largest``.
+    False, and no answer, where an eigenvalue of ``G`` is above ``largest``. From the left it goes
+    through ``τ τᵀ``, which has the same ones, and takes all rows at once.
     """
-    own = torch.zeros_like(gram)
-    for _, tau in _blocks(matrix, task, scale, gram.dtype):
-        add_gram_(own, tau)
+    left = _from_the_left(matrix.layout)
+
+    def blocks() -> Iterator[tuple[slice, torch.Tensor]]:
+        return _blocks(matrix, task, scale, gram.dtype, whole=left)
+
+    whole = list(blocks()) if left else None
+    side = matrix.layout.rows if left else matrix.layout.columns
+    own = torch.zeros((side, side), dtype=gram.dtype, device=gram.device)
+    for _, tau in whole or blocks():
+        add_gram_(own, tau.T if left else tau)
     mirror_(own)
     if _largest_eigenvalue(own) > largest:
         return False
-    gram.add_(own)
-    for rows, tau in _blocks(matrix, task, scale, gram.dtype):
+    if not left:
+        gram.add_(own)
+    for rows, tau in whole or blocks():
+        if left:
+            add_gram_(gram, tau)
+        product = (own, tau) if left else (tau, own)
         for weight, result in zip(weights, results, strict=True):
-            matrix.view(result)[rows].addmm_(tau, own, alpha=weight)
-    return True
-
-
-def _add_from_the_left(
-    matrix: Matrix,
-    task: int,
-    scale: float,
-    weights: Sequence[float],
-    gram: torch.Tensor,
-    results: Sequence[torch.Tensor],
-    largest: float,
-) -> bool:
-    """The same through ``τ τᵀ``, which has the same eigenvalues."""
-    ((_, tau),) = _blocks(matrix, task, scale, gram.dtype, whole=True)
-    rows = matrix.layout.rows
-    own = torch.zeros((rows, rows), dtype=gram.dtype, device=gram.device)
-    add_gram_(own, tau.T)
-    mirror_(own)
-    if _largest_eigenvalue(own) > largest:
-        return False
-    add_gram_(gram, tau)
-    for weight, result in zip(weights, results, strict=True):
-        matrix.view(result).addmm_(own, tau, alpha=weight)
+            matrix.view(result)[rows].addmm_(*product, alpha=weight)
     return True
 
 
@@ -183,7 +168,7 @@ def _blocks(
     length = max(end - begin for _, begin, end in blocks)
     buffer = torch.empty(length, dtype=dtype, device=matrix.aligned.base.device)
     for rows, begin, end in blocks:
-        tau = matrix.task_vector(task, begin, end, buffer)
+        tau = matrix.task_vector(task, begin, buffer[: end - begin])
         yield rows, matrix.view(tau.mul_(scale))
 
 

@@ -60,15 +60,11 @@ class Architecture:
         )
 
         renamings, converters = self._conversions
-        names = dict.fromkeys(self._kinds)
         try:
             prefix = self._model.base_model_prefix
-            renamed, pattern = rename_source_key(name, renamings, converters, prefix, names)
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, self._kinds)
         except (AttributeError, TypeError, ValueError, KeyError):
             return name, None
-        for prefix_change in (f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}.")):
-            if renamed not in names and prefix_change in names:
-                renamed = prefix_change
         if pattern is None:
             return renamed, False
         (converter,) = (c for c in converters if pattern in c.source_patterns)

@@ -6,11 +6,12 @@ read; where there is none, by the inputs.
 
 from __future__ import annotations
 
+import functools
+
 import psutil
 import torch
 
 from mergekit_pcb.core import solve, spectrum
-from mergekit_pcb.core.matrices import Layout
 from mergekit_pcb.core.refine import Refinement
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.inputs import Inputs
@@ -19,6 +20,7 @@ from mergekit_pcb.host.parameters import refinement_of
 from mergekit_pcb.host.plan import Plan, values_of
 
 
+@functools.lru_cache(maxsize=1)  # of a plan it is asked several times in a row
 def refinements(plan: Plan) -> dict[str, Refinement]:
     """What is done to the matrices of every tensor that has any, by its name in the output.
 
@@ -95,7 +97,7 @@ def refuse_too_large(plan: Plan) -> None:
     for name, refinement in refinements(plan).items():
         need = working_bytes(refinement, itemsize)
         if need > total:
-            layout: Layout = refinement.layout
+            layout = refinement.layout
             raise PCBError(
                 f"refine tensor {name}",
                 f"its {layout.rows} × {layout.columns} matrix takes {need / 2**30:.1f} GiB beside "

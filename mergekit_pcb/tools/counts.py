@@ -217,8 +217,7 @@ def _count_refined(counts: TensorCounts, tensor: Prepared, refinement: Refinemen
         counts.exponents += found.exponent
         merged = found.merged.mul_(tensor.scale)
         counts.merged_sq += _squares(merged)
-        for chunk in found.matrix.chunks():
-            own = merged[chunk.start - found.matrix.start :][: len(chunk.base)]
+        for chunk, own in found.matrix.chunks(merged):
             pcb = delta(chunk, statistics, tensor.weights)
             counts.moved_sq += _squares(own - tensor.scale * pcb)
 

@@ -1,9 +1,8 @@
 """A search over a configuration: a folder with a log, trials on disk, the best one as YAML.
 
 What each task contributes is computed once, and a trial is one weighted sum of files (and, where
-the spectrum is evened, one step per matrix on it). Every
-trial is on disk before the next begins, and the same seed tries the same weights, so a search
-that was killed goes on by replaying its log.
+the spectrum is evened, one step per matrix on it). Every trial is on disk before the next begins,
+and the same seed tries the same weights, so a search that was killed goes on by replaying its log.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.files import write_text
 from mergekit_pcb.host import planning
+from mergekit_pcb.host.groups import explained
 from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.plan import PlanOptions
 from mergekit_pcb.host.statistics_file import digest
@@ -60,10 +60,7 @@ def run(job: Job, options: Any, *, resume: bool) -> Found:
     merge = _Merges(job, options)
 
     def evaluate(weights: Sequence[float], shared: dict[str, float]) -> float:
-        model = merge.trial(weights, shared)
-        if (said := merge.outlook()) is not None:
-            bar.write(said)
-        return _score(job, model)
+        return _score(job, merge.trial(weights, shared))
 
     found = Found([], job.minimize)
     trials = search(evaluate, space, job.budget, seed=job.seed, minimize=job.minimize, past=past)
@@ -193,18 +190,7 @@ class _Merges:
         self._skeleton, self._parts = job.folder / "merged", job.folder / "contributions"
         self._trial = job.folder / "trial"
         self._intact = self._linear and self._stored_whole()
-        #: Of the first sum: its seconds, and how many matrices had their spectrum evened.
-        self._first: tuple[float, int] | None = None
-
-    def outlook(self) -> str | None:
-        """What a trial of sums takes, once, after the first."""
-        if self._first is None or not self._first[1]:
-            return None
-        (seconds, matrices), self._first = self._first, (0.0, 0)
-        return (
-            f"each trial is a weighted sum of files and evens the singular values of {matrices} "
-            f"matrices: {seconds:.1f} s before it is scored"
-        )
+        self._told = False  # what a trial takes
 
     def trial(self, weights: Sequence[float], shared: dict[str, float]) -> pathlib.Path:
         """The folder of a trial's model; what cannot be written whole is removed."""
@@ -317,12 +303,17 @@ class _Merges:
                     summed.add_(parts[f"task {position}"], alpha=chosen)
                 if merged["spectrum"] is not None:
                     step = _spectrum(merged["spectrum"])
-                    summed, evened = apply(step, summed, name), evened + step.layout.count
+                    with explained(None, "the base", []):
+                        summed, evened = apply(step, summed, name), evened + step.layout.count
                 value.add_(summed, alpha=factor)
                 state[name] = value.to(state[name].dtype).view(state[name].shape)
             save_file(state, self._trial / file.name, metadata=metadata)
-        if self._first is None:
-            self._first = time.monotonic() - began, evened
+        if evened and not self._told:
+            self._told = True
+            tqdm.write(
+                f"each trial is a weighted sum of files and evens the singular values of {evened} "
+                f"matrices: {time.monotonic() - began:.1f} s before it is scored"
+            )
 
 
 def _spectrum(stored: dict[str, Any]) -> Spectrum:
