@@ -372,6 +372,27 @@ def test_a_module_says_what_its_tensors_are(caplog):
     assert not caplog.records
 
 
+def test_what_a_module_does_not_tell_is_named(caplog):
+    class Loose(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 5)
+            self.loose = torch.nn.Parameter(torch.randn(4, 4))
+
+    torch.manual_seed(0)
+    module = Loose()
+    base = module.state_dict()
+    experts = [{n: t + 0.1 * torch.randn(t.shape) for n, t in base.items()} for _ in range(2)]
+    parts = contributions(module, experts, density=DENSITY, refine="solve")
+    (record,) = caplog.records
+    assert "1 tensors keep PCB's merge unrefined" in record.getMessage()
+    assert "(loose)" in record.getMessage()
+    assert set(parts.spectra) == {"linear.weight"}
+    caplog.clear()
+    contributions(module, experts, density=DENSITY)
+    assert not caplog.records
+
+
 def test_state_dicts_are_assumed_and_that_is_said(caplog):
     _, base, experts = in_memory()
     names = [name for name in base if name.endswith("c_proj.weight") or "ln_" in name]

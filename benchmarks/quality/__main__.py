@@ -6,14 +6,12 @@ so a run that was stopped goes on.
 
 from __future__ import annotations
 
-import multiprocessing
 import pathlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import click
 
 from benchmarks.quality import experiments, tables
-from mergekit_pcb.errors import PCBError
+from benchmarks.quality.experiments import Record, is_there
 
 STORED = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -41,25 +39,15 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
 )
 def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None:
     """Run the quality benchmark; the full tier takes some 50 minutes on two cores."""
-    seeds = experiments.TIERS[tier].seeds
-    if not set(some) <= set(seeds):
-        raise click.BadParameter(f"the seeds of tier {tier} are {seeds}", param_hint="--seed")
+    seeds, chosen = experiments.TIERS[tier].seeds, experiments.seeds_of(tier, some)
     out.mkdir(parents=True, exist_ok=True)
     files = {
         (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
     }
-    there = {key for key, file in files.items() if _is_there(file, tier)}
-    wanted = {key for key in files if key[1] in (some or seeds)}
-    missing = [key for key in files if key in wanted - there]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        running = [pool.submit(experiments.record, *key, tier, files[key]) for key in missing]
-        try:
-            for done in as_completed(running):
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    there = {key for key, file in files.items() if is_there(file, tier, Record)}
+    wanted = {key for key in files if key[1] in chosen}
+    missing = [(*key, tier, file) for key, file in files.items() if key in wanted - there]
+    experiments.in_processes(jobs, experiments.record, missing)
     records = [_read(file) for key, file in files.items() if key in wanted | there]
     click.echo(tables.write(records, out))
     stored = [_read(file) for file in sorted(STORED.glob("*.json"))]
@@ -68,24 +56,8 @@ def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None
         click.echo("\n".join(farther) or "Every average is within the spread of the stored one.")
 
 
-def _is_there(file: pathlib.Path, tier: str) -> bool:
-    if not file.exists():
-        return False
-    try:
-        record = _read(file)
-    except ValueError:
-        record = None
-    if record is None or (record.tier, record.code) != (tier, experiments.code()):
-        raise PCBError(
-            f"go on in {file.parent}",
-            f"{file.name} is of another tier or version, or damaged",
-            "name another folder",
-        )
-    return True
-
-
-def _read(file: pathlib.Path) -> experiments.Record:
-    return experiments.Record.model_validate_json(file.read_text(encoding="utf-8"))
+def _read(file: pathlib.Path) -> Record:
+    return Record.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from benchmarks.quality.baselines import agreement, evened, solution
 from benchmarks.quality.experiments import BUILD, RATE, START, TIERS
 from benchmarks.quality.refined import matrices_of
-from benchmarks.quality.suite import DISTANCES, StateDict, Suite
+from benchmarks.quality.suite import DISTANCES, StateDict, Suite, share
 from benchmarks.quality.tables import _line
 from mergekit_pcb import adamerge, combine, contributions
 from mergekit_pcb.files import write_text
@@ -42,10 +42,7 @@ class Case:
             for n in self.matrices
         }
         self.base = suite.scores(suite.base, "validation")
-        self.own = {
-            task: suite.score(expert, "validation", task)
-            for task, expert in zip(suite.tasks, suite.experts, strict=True)
-        }
+        self.own = suite.individual("validation")
 
     def solved(self, name: str) -> torch.Tensor:
         return solution(self.taus[name], self.prior[name], ANCHOR)
@@ -66,11 +63,7 @@ class Case:
     def share(self, state: StateDict) -> float:
         """Of what the experts reach, in percent."""
         scores = self.suite.scores(state, "validation")
-        if self.suite.metric == "accuracy":
-            return 100 * statistics.mean(scores[task] / self.own[task] for task in scores)
-        base = statistics.mean(self.base.values())
-        gain = statistics.mean(scores.values()) - base
-        return 100 * gain / (statistics.mean(self.own.values()) - base)
+        return 100 * share(self.suite.metric, scores, self.base, self.own)
 
 
 def convolutions(cases: Sequence[Case]) -> Iterator[str]:
@@ -124,8 +117,6 @@ def adapted(cases: Sequence[Case], epochs: int) -> Iterator[str]:
         suite = case.suite
         if suite.metric != "accuracy":
             continue
-        batches = [batch for task in suite.tasks for batch, _ in suite.data["validation"][task]]
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
         parts = contributions(suite.base, suite.experts, refine="solve", architecture=suite.model)
         for start in (1.0, START):
             fixed = case.share(combine(suite.base, parts, [start] * len(suite.experts)))
@@ -137,7 +128,7 @@ def adapted(cases: Sequence[Case], epochs: int) -> Iterator[str]:
                         suite.model,
                         suite.base,
                         suite.experts,
-                        [batches[number] for number in order],
+                        suite.unlabelled(),
                         granularity,  # type: ignore[arg-type]
                         epochs=epochs,
                         learning_rate=RATE,
@@ -164,10 +155,10 @@ def rules(cases: Sequence[Case]) -> Iterator[str]:
         cells = []
         for name in worst:
             scale = 1.0 if name == "lambda 1" else _RULES[name](case, merged)
-            share = case.share(case.state(merged, scale))
+            reached = case.share(case.state(merged, scale))
             mean = statistics.mean(scale.values()) if isinstance(scale, dict) else scale
-            worst[name] = max(worst[name], grid[best] - share)
-            cells.append(f"{share:.1f} ({mean:.2f})")
+            worst[name] = max(worst[name], grid[best] - reached)
+            cells.append(f"{reached:.1f} ({mean:.2f})")
         yield _line([case.name, *cells, f"{grid[best]:.1f} ({best:g})"])
     yield _line(["at worst behind", *(f"{value:.1f}" for value in worst.values()), ""])
 

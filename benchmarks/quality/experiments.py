@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import pathlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -38,6 +40,7 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
 from mergekit_pcb import Contributions, adamerge, combine, contributions
+from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
 from mergekit_pcb.tools import search
 
@@ -162,6 +165,45 @@ def code() -> str:
     return digest.hexdigest()
 
 
+def in_processes(
+    jobs: int, function: Callable[..., None], calls: Sequence[tuple[Any, ...]]
+) -> None:
+    """Call a function with each of these arguments, in so many processes; an error ends it."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(function, *call) for call in calls]
+        try:
+            for done in as_completed(running):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def seeds_of(tier: str, some: tuple[int, ...]) -> tuple[int, ...]:
+    """Some of a tier's seeds, or all."""
+    seeds = TIERS[tier].seeds
+    if not set(some) <= set(seeds):
+        raise click.BadParameter(f"the seeds of tier {tier} are {seeds}", param_hint="--seed")
+    return some or seeds
+
+
+def is_there(file: pathlib.Path, tier: str, kind: type[BaseModel]) -> bool:
+    """Whether a record is there already; one of another tier or version is refused."""
+    if not file.exists():
+        return False
+    try:
+        record: Any = kind.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if record is None or (record.tier, record.code) != (tier, code()):
+        raise PCBError(
+            f"go on in {file.parent}",
+            f"{file.name} is of another tier or version, or damaged",
+            "name another folder",
+        )
+    return True
+
+
 class Chosen:
     """Merged models that wait for the test data."""
 
@@ -242,10 +284,7 @@ def run(name: str, seed: int, tier_name: str) -> Record:
         data=suite.digest(),
         tasks=suite.tasks,
         base=base.tested()[0],
-        individual={
-            task: suite.score(expert, "test", task)
-            for task, expert in zip(suite.tasks, suite.experts, strict=True)
-        },
+        individual=suite.individual("test"),
         first=first.tested(),
         searched=searched.tested(),
         trials=trials,
@@ -315,8 +354,6 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> Chosen:
     PCB's best setting; beside the same coefficients left as they are.
     """
     chosen = Chosen(suite)
-    batches = [batch for task in suite.tasks for batch, _ in suite.data["validation"][task]]
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
     starts = {
         "usual start": {"density": PCB.knobs[0].first, "lambda": START},
         "best start": best,
@@ -328,7 +365,7 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> Chosen:
                 suite.model,
                 suite.base,
                 suite.experts,
-                [batches[number] for number in order],
+                suite.unlabelled(),
                 granularity,  # type: ignore[arg-type]
                 epochs=epochs,
                 learning_rate=RATE,

@@ -7,11 +7,9 @@ are not made again. Everything is chosen on validation data; test data are read 
 
 from __future__ import annotations
 
-import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 
 import click
@@ -20,7 +18,16 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.measuring import machine
 from benchmarks.quality import baselines, datafree, refined_tables
-from benchmarks.quality.experiments import BUILD, TIERS, Chosen, Row, code
+from benchmarks.quality.experiments import (
+    BUILD,
+    TIERS,
+    Chosen,
+    Row,
+    code,
+    in_processes,
+    is_there,
+    seeds_of,
+)
 from benchmarks.quality.methods import (
     LINEAR,
     METHODS,
@@ -191,10 +198,7 @@ def run(
             code=code_at_start,
             data=suite.digest(),
             base=base.tested()[0],
-            individual={
-                task: suite.score(expert, "test", task)
-                for task, expert in zip(suite.tasks, suite.experts, strict=True)
-            },
+            individual=suite.individual("test"),
             first=first.tested(),
             searched=searched.tested(),
             trials=trials,
@@ -206,12 +210,12 @@ def run(
         )
         _delta.cache_clear()
         _parts.cache_clear()
-        write_text(_file(folder, name, seed, distance.name), record.model_dump_json(indent=1))
+        write_text(_file(folder, name, seed, distance), record.model_dump_json(indent=1))
         click.echo(f"{name} {seed}, {distance.name}: {record.seconds:.0f} s", err=True)
 
 
-def _file(folder: pathlib.Path, suite: str, seed: int, distance: str) -> pathlib.Path:
-    return folder / f"{suite}-{seed}-{distance.replace(' ', '-')}.json"
+def _file(folder: pathlib.Path, suite: str, seed: int, distance: Distance) -> pathlib.Path:
+    return folder / f"{suite}-{seed}-{distance.name.replace(' ', '-')}.json"
 
 
 def _read(folder: pathlib.Path) -> list[Record]:
@@ -242,25 +246,17 @@ def main(
 ) -> None:
     """Run it; --seed 10 makes a quarter of the records, --distance near the quickest third."""
     distances = [distance for distance in DISTANCES if not far or distance.name in far]
-    seeds = TIERS[tier].seeds
-    if not set(some) <= set(seeds):
-        raise click.BadParameter(f"the seeds of tier {tier} are {seeds}", param_hint="--seed")
+    seeds = seeds_of(tier, some)
     out.mkdir(parents=True, exist_ok=True)
-    missing = [
-        (suite, seed)
-        for seed in some or seeds
-        for suite in BUILD
-        if not all(_file(out, suite, seed, distance.name).exists() for distance in distances)
-    ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        running = [pool.submit(run, *key, tier, out, distances) for key in missing]
-        try:
-            for done in as_completed(running):
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    calls = []
+    for seed in seeds:
+        for suite in BUILD:
+            missing = [
+                d for d in distances if not is_there(_file(out, suite, seed, d), tier, Record)
+            ]
+            if missing:
+                calls.append((suite, seed, tier, out, missing))
+    in_processes(jobs, run, calls)
     click.echo(refined_tables.write(_read(out), out))
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.quality.suite import DISTANCES
+from benchmarks.quality.suite import DISTANCES, share
 from benchmarks.quality.tables import _lead, _line, _percent
 from mergekit_pcb.files import write_text
 
@@ -81,24 +81,18 @@ def _rows(record: Record, setting: str) -> dict[str, Row]:
 
 
 def _values(records: Sequence[Record], setting: str, method: str) -> list[float]:
-    return [normalised(record, _rows(record, setting)[method]) for record in records]
+    return [_normalised(record, _rows(record, setting)[method]) for record in records]
 
 
-def normalised(record: Record, row: Row) -> float:
-    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' mean gain."""
-    if record.metric == "accuracy":
-        return statistics.mean(row.test[task] / record.individual[task] for task in row.test)
-    base = statistics.mean(record.base.test.values())
-    return (statistics.mean(row.test.values()) - base) / (
-        statistics.mean(record.individual.values()) - base
-    )
+def _normalised(record: Record, row: Row) -> float:
+    return share(record.metric, row.test, record.base.test, record.individual)
 
 
 def _shares(records: Sequence[Record]) -> Iterable[str]:
     columns = [(d, some, s) for d, some in _by_distance(records) for s in SETTINGS]
     yield _line(["method", *(f"{d}, {SHOWN[s]}" for d, _, s in columns)])
     yield _line(["---", *["---:"] * len(columns)])
-    base = [_percent([normalised(r, r.base) for r in some]) for _, some, _ in columns]
+    base = [_percent([_normalised(r, r.base) for r in some]) for _, some, _ in columns]
     yield _line(["base", *base])
     methods = [row.method for row in records[0].first]
     best = [

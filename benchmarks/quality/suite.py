@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -89,6 +90,19 @@ class Suite:
     def score(self, state: StateDict, split: Split, task: str) -> float:
         return self._score(state, self.data[split][task])
 
+    def individual(self, split: Split) -> dict[str, float]:
+        """The score of each task's own expert."""
+        return {
+            task: self.score(expert, split, task)
+            for task, expert in zip(self.tasks, self.experts, strict=True)
+        }
+
+    def unlabelled(self) -> list[tuple[torch.Tensor, ...]]:
+        """The validation inputs of all tasks, in one order that is drawn once for all."""
+        batches = [inputs for task in self.tasks for inputs, _ in self.data["validation"][task]]
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))
+        return [batches[number] for number in order]
+
     def scores_elsewhere(self, state: StateDict) -> dict[str, float]:
         return {task: self._score(state, batches) for task, batches in self.elsewhere.items()}
 
@@ -127,6 +141,20 @@ class Suite:
                 total -= float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             rows += len(labels)
         return total / rows
+
+
+def share(
+    metric: str, scores: dict[str, float], base: dict[str, float], individual: dict[str, float]
+) -> float:
+    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' mean gain.
+
+    Of the tasks that ``scores`` has.
+    """
+    if metric == "accuracy":
+        return statistics.mean(scores[task] / individual[task] for task in scores)
+    start = statistics.mean(base[task] for task in scores)
+    reached = statistics.mean(individual[task] for task in scores)
+    return (statistics.mean(scores.values()) - start) / (reached - start)
 
 
 def train(

@@ -14,6 +14,7 @@ from functools import partial
 
 from benchmarks.quality.experiments import BUILD, TIERS, Record, Row
 from benchmarks.quality.methods import PCB, PCB_MODEL
+from benchmarks.quality.suite import share
 from mergekit_pcb.files import write_text
 
 #: The two-sided 5 % points of Student's t for means of so many values.
@@ -251,7 +252,15 @@ def _shares(records: Sequence[Record]) -> Iterable[str]:
     for name, found in _by_method(records, _searched):
         cells = [
             _percent(
-                [_share(record, task, row) for record, row in zip(records, found, strict=True)]
+                [
+                    share(
+                        record.metric,
+                        {task: row.test[task]},
+                        record.base.test,
+                        record.individual,
+                    )
+                    for record, row in zip(records, found, strict=True)
+                ]
             )
             for task in tasks
         ]
@@ -266,13 +275,6 @@ def _added(records: Sequence[Record]) -> Iterable[str]:
     for name, found in _by_method(records, lambda record: record.weighted):
         leads = _leads(found, fixed[name.removesuffix(" + weights")])
         yield _line([name, _lead(records[0].metric, leads)])
-
-
-def _share(record: Record, task: str, row: Row) -> float:
-    if record.metric == "accuracy":
-        return row.test[task] / record.individual[task]
-    base = record.base.test[task]
-    return (row.test[task] - base) / (record.individual[task] - base)
 
 
 def _counts(records: Sequence[Record]) -> Iterable[str]:
@@ -355,12 +357,7 @@ def _leads(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
 
 
 def _normalised(record: Record, row: Row) -> float:
-    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' mean gain."""
-    if record.metric == "accuracy":
-        return statistics.mean(_share(record, task, row) for task in row.test)
-    base = statistics.mean(record.base.test[task] for task in row.test)
-    expert = statistics.mean(record.individual[task] for task in row.test)
-    return (_average(row) - base) / (expert - base)
+    return share(record.metric, row.test, record.base.test, record.individual)
 
 
 def _deviation(values: Sequence[float]) -> float:

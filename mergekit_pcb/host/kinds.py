@@ -92,5 +92,13 @@ def assumed(names: Iterable[str], because: str) -> str:
     )
 
 
+def unrefined(names: Sequence[str]) -> str:
+    """The sentence that names what is left to PCB."""
+    return (
+        f"{len(names)} tensors keep PCB's merge unrefined, because it is not known how they "
+        f"multiply activations ({some(names)})"
+    )
+
+
 def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

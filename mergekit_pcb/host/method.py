@@ -35,7 +35,7 @@ from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import aligned, check_shapes, explained_for, name_of
-from mergekit_pcb.host.kinds import Kind, assumed, layout_of
+from mergekit_pcb.host.kinds import Kind, assumed, layout_of, unrefined
 from mergekit_pcb.host.parameters import (
     PARAMETERS,
     Values,
@@ -229,14 +229,21 @@ def in_memory(
         cast = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes, strict=True)]
         with explained_for(groups[0], of_whole_model=True):
             statistics = measure_together([aligned(group) for group in cast], recipe)
+    chosen = {
+        name: group.entries[0].tensor.ndim
+        for name, group, values in zip(names, groups, parameters, strict=True)
+        if refines(values)
+    }
     if kinds is None:
         kinds = dict.fromkeys(names, Kind.ASSUMED)
-        if matrices := [
-            n
-            for n, g, v in zip(names, groups, parameters, strict=True)
-            if refines(v) and g.entries[0].tensor.ndim == 2
-        ]:
+        if matrices := [name for name, dimensions in chosen.items() if dimensions == 2]:
             LOG.warning(assumed(matrices, "nothing is known of tensors in memory but their shapes"))
+    elif unknown := [
+        name
+        for name, dimensions in chosen.items()
+        if dimensions > 1 and kinds.get(name, Kind.UNKNOWN) is Kind.UNKNOWN
+    ]:
+        LOG.warning(unrefined(unknown))
     measured = statistics is not None
     return [
         {**values, KNOWN: Known(tasks, statistics, measured, kind=kinds.get(name, Kind.UNKNOWN))}

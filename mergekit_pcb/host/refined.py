@@ -15,7 +15,7 @@ from mergekit_pcb.core import solve, spectrum
 from mergekit_pcb.core.refine import Refinement
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.inputs import Inputs
-from mergekit_pcb.host.kinds import Kind, assumed, layout_of, some
+from mergekit_pcb.host.kinds import Kind, assumed, layout_of, unrefined
 from mergekit_pcb.host.parameters import refinement_of
 from mergekit_pcb.host.plan import Plan, values_of
 
@@ -83,10 +83,7 @@ def remarks(plan: Plan) -> dict[str, str]:
     if not names:
         found["refine"] = "no tensor is refined: none that the filters choose is known as a matrix"
     if unknown := [name for name, kind in kinds.items() if kind is Kind.UNKNOWN]:
-        found["unknown"] = (
-            f"{len(unknown)} tensors keep PCB's merge unrefined, because it is not known how they "
-            f"multiply activations ({some(unknown)})"
-        )
+        found["unknown"] = unrefined(unknown)
     return found
 
 
