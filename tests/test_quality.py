@@ -25,6 +25,7 @@ from benchmarks.quality import (
     refined,
     refined_tables,
     tables,
+    without_data,
 )
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.suite import DISTANCES, SPLITS, Suite
@@ -226,7 +227,7 @@ def test_trials_of_all_tasks_are_those_of_a_shorter_search(suite):
 
 def test_near_experts_are_the_same_whatever_comes_after_them():
     """Each distance begins where the base ended: from its generators and its weights."""
-    schedule = experiments.TIERS["small"].glyphs
+    schedule = experiments.TIERS["small"].efforts["glyphs"].schedule
     schedule = dataclasses.replace(schedule, base_steps=3, expert_steps=2)
     (alone,) = glyphs.build(0, schedule)
     near, longer, faster = glyphs.build(0, schedule, DISTANCES)
@@ -242,7 +243,7 @@ def test_near_experts_are_the_same_whatever_comes_after_them():
 def test_another_prior_is_the_package_but_for_the_prior(suite):
     """At density 1 with one expert, PCB's merge is nearly the task vector, and so is the prior."""
     one = dataclasses.replace(suite, experts=suite.experts[:1])
-    matrices = refined.matrices_of(one)
+    matrices = without_data.matrices_of(one)
     assert matrices == ["hidden.weight", "out.weight"]
     found = baselines.solved(one, matrices, 0.1, 1.0)
     for name in matrices:
@@ -270,8 +271,8 @@ def test_every_method_beside_refine_merges(suite, tmp_path, monkeypatch):
         refined.run("language", seed, "small", tmp_path)
     records = refined._read(tmp_path)
     assert len(records) == 6
-    (own,) = (row for row in records[0].searched if row.method == refined.OURS)
-    assert own.validation == pytest.approx(max(t[0] for t in records[0].trials[refined.OURS]))
+    (own,) = (row for row in records[0].searched if row.method == without_data.OURS)
+    assert own.validation == pytest.approx(max(t[0] for t in records[0].trials[without_data.OURS]))
     text = refined_tables.write(records, tmp_path)
     assert text.count("**") >= 2 * 6
     assert (tmp_path / "refined.png").exists()
@@ -351,7 +352,7 @@ def test_a_small_tier_of_everything(tmp_path):
     assert result.returncode == 0, result.stderr
     records = [
         experiments.Record.model_validate_json((tmp_path / f"{name}-10.json").read_text())
-        for name in experiments.BUILD
+        for name in experiments.FROM_NOTHING
     ]
     for record in records:
         assert len(record.searched) == len(methods.METHODS)
@@ -391,7 +392,7 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
         for file in sorted(STORED.glob("*.json"))
     ]
     assert {record.tier for record in records} == {"full"}
-    for name in experiments.BUILD:
+    for name in experiments.FROM_NOTHING:
         assert sum(record.suite == name for record in records) >= 3
     assert tables.write(records, tmp_path) == (STORED / "tables.md").read_text()
     assert tables.outside(records, records) == []

@@ -28,6 +28,15 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
     help="Where records, tables and figures go.",
 )
 @click.option(
+    "--suite",
+    "suites",
+    type=click.Choice(list(experiments.BUILD)),
+    multiple=True,
+    default=experiments.FROM_NOTHING,
+    show_default=True,
+    help="May be repeated. encoder needs pip install '.[bench-pretrained]'.",
+)
+@click.option(
     "--seed", "some", type=int, multiple=True, help="This seed of the tier only; may be repeated."
 )
 @click.option(
@@ -35,19 +44,28 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Processes, of one thread each.",
+    help="Threads in all: processes of one each, for the encoder of two.",
 )
-def main(tier: str, out: pathlib.Path, some: tuple[int, ...], jobs: int) -> None:
-    """Run the quality benchmark; the full tier takes some 50 minutes on two cores."""
+def main(
+    tier: str, out: pathlib.Path, suites: tuple[str, ...], some: tuple[int, ...], jobs: int
+) -> None:
+    """Run the quality benchmark; each suite of the full tier takes an hour or two of two cores."""
     seeds, chosen = experiments.TIERS[tier].seeds, experiments.seeds_of(tier, some)
+    for suite in suites:
+        experiments.READY.get(suite, lambda: None)()
     out.mkdir(parents=True, exist_ok=True)
     files = {
         (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
     }
     there = {key for key, file in files.items() if is_there(file, tier, Record)}
-    wanted = {key for key in files if key[1] in chosen}
-    missing = [(*key, tier, file) for key, file in files.items() if key in wanted - there]
-    experiments.in_processes(jobs, experiments.record, missing)
+    wanted = {key for key in files if key[0] in suites and key[1] in chosen}
+    for threads in (1, 2):
+        missing = [
+            (*key, tier, file)
+            for key, file in files.items()
+            if key in wanted - there and experiments.TIERS[tier].efforts[key[0]].threads == threads
+        ]
+        experiments.in_processes(max(1, jobs // threads), experiments.record, missing)
     records = [_read(file) for key, file in files.items() if key in wanted | there]
     click.echo(tables.write(records, out))
     stored = [_read(file) for file in sorted(STORED.glob("*.json"))]

@@ -16,10 +16,10 @@ import click
 import torch
 
 from benchmarks.quality.baselines import agreement, evened, solution
-from benchmarks.quality.experiments import BUILD, RATE, START, TIERS
-from benchmarks.quality.refined import matrices_of
+from benchmarks.quality.experiments import BUILD, FROM_NOTHING, RATE, START, TIERS
 from benchmarks.quality.suite import DISTANCES, StateDict, Suite, share
 from benchmarks.quality.tables import _line
+from benchmarks.quality.without_data import matrices_of
 from mergekit_pcb import adamerge, combine, contributions
 from mergekit_pcb.files import write_text
 from mergekit_pcb.tools import adamerge as adamerging
@@ -63,7 +63,7 @@ class Case:
     def share(self, state: StateDict) -> float:
         """Of what the experts reach, in percent."""
         scores = self.suite.scores(state, "validation")
-        return 100 * share(self.suite.metric, scores, self.base, self.own)
+        return 100 * share(self.suite.name, scores, self.base, self.own)
 
 
 def convolutions(cases: Sequence[Case]) -> Iterator[str]:
@@ -234,13 +234,13 @@ def main(seed: int, tier: str, out: pathlib.Path) -> None:
         raise click.BadParameter("tables report it", param_hint="--seed")
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    cases = [case for name in BUILD for case in _cases(name, seed, tier, out)]
+    cases = [case for name in FROM_NOTHING for case in _cases(name, seed, tier, out)]
     lines = ["# What was chosen without the reported seeds", "", f"Tier {tier}, seed {seed}."]
     for part in (
         convolutions(cases),
         fused(cases),
         rules(cases),
-        adapted(cases, TIERS[tier].epochs),
+        adapted(cases, TIERS[tier].efforts["glyphs"].epochs),
     ):
         for line in part:
             click.echo(line)
@@ -252,7 +252,7 @@ def _cases(name: str, seed: int, tier: str, out: pathlib.Path) -> Iterator[Case]
     files = [out / f"{name}-{seed}-{d.name.replace(' ', '_')}-{tier}.pt" for d in DISTANCES]
     suites: Iterator[Suite] | None = None
     if not all(file.exists() for file in files):
-        suites = BUILD[name](seed, getattr(TIERS[tier], name), DISTANCES)
+        suites = BUILD[name](seed, TIERS[tier].efforts[name].schedule, DISTANCES)
     for distance, file in zip(DISTANCES, files, strict=True):
         if suites is not None:
             torch.save(next(suites), file)

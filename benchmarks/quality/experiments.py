@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 import mergekit_pcb
 from benchmarks.measuring import machine
-from benchmarks.quality import baselines, glyphs, language
+from benchmarks.quality import baselines, encoder, glyphs, language, without_data
 from benchmarks.quality.methods import (
     FISHER,
     LINEAR,
@@ -39,6 +39,7 @@ from benchmarks.quality.methods import (
     best_of,
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
+from benchmarks.quality.without_data import WITHOUT_DATA
 from mergekit_pcb import Contributions, adamerge, combine, contributions
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
@@ -57,43 +58,107 @@ START = 0.3
 
 
 @dataclass(frozen=True)
-class Tier:
-    """How much is done: schedules of training, trials of a search, grids of the sweeps."""
+class Effort:
+    """How much is done with a suite: its training, the trials of a search, the grids of sweeps."""
 
-    language: Schedule
-    glyphs: Schedule
+    schedule: Schedule
+    #: Trials of a method; of a part left out, and of some of the tasks.
     budget: int
+    ablation_budget: int
+    some_budget: int
+    #: Trials of a search of weights, and passes of AdaMerging; 0 leaves them out.
     weight_budget: int
+    epochs: int
     densities: tuple[float, ...]
     lambdas: tuple[float, ...]
     clips: tuple[float, ...]
-    epochs: int
-    #: Other seeds than those that schedules and rates were tried on.
+    scopes_taken_apart: tuple[str, ...] = SCOPES
+    #: Choices of so many of the tasks.
+    ways: int = 2
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Seeds, other ones than those that schedules and rates were tried on; an effort a suite."""
+
     seeds: tuple[int, ...]
+    efforts: dict[str, Effort]
 
 
+_FULL = Effort(
+    language.SCHEDULE,
+    budget=12,
+    ablation_budget=12,
+    some_budget=6,
+    weight_budget=40,
+    epochs=5,
+    densities=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    lambdas=(0.2, 0.35, 0.5, 0.7, 1.0, 1.5),
+    clips=(0.0, 1e-4, 1e-3, 1e-2, 0.1),
+)
+_SMALL = replace(
+    _FULL,
+    budget=2,
+    ablation_budget=2,
+    some_budget=2,
+    weight_budget=3,
+    epochs=1,
+    densities=(0.1,),
+    lambdas=(1.0,),
+    clips=(1e-4,),
+)
 TIERS = {
     "full": Tier(
-        language.SCHEDULE,
-        glyphs.SCHEDULE,
-        budget=12,
-        weight_budget=40,
-        densities=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
-        lambdas=(0.2, 0.35, 0.5, 0.7, 1.0, 1.5),
-        clips=(0.0, 1e-4, 1e-3, 1e-2, 0.1),
-        epochs=5,
         seeds=(10, 11, 12, 13),
+        efforts={
+            "encoder": replace(
+                _FULL,
+                schedule=encoder.SCHEDULE,
+                budget=6,
+                ablation_budget=3,
+                some_budget=3,
+                weight_budget=0,
+                epochs=0,
+                densities=(0.05, 0.1, 0.3, 1.0),
+                lambdas=(0.35, 0.7, 1.0, 1.5),
+                clips=(),
+                scopes_taken_apart=("tensor",),
+                ways=1,
+                threads=2,
+            ),
+            "language": _FULL,
+            "glyphs": replace(_FULL, schedule=glyphs.SCHEDULE),
+        },
     ),
     "small": Tier(
-        replace(language.SCHEDULE, base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)),
-        replace(glyphs.SCHEDULE, base_steps=60, expert_steps=15, looked_at=Sizes(40, 40, 40)),
-        budget=2,
-        weight_budget=3,
-        densities=(0.1,),
-        lambdas=(1.0,),
-        clips=(1e-4,),
-        epochs=1,
         seeds=(10,),
+        efforts={
+            "encoder": replace(
+                _SMALL,
+                schedule=replace(encoder.SCHEDULE, expert_steps=15, looked_at=Sizes(20, 60, 60)),
+                budget=1,
+                ablation_budget=1,
+                some_budget=1,
+                weight_budget=0,
+                epochs=0,
+                clips=(),
+                scopes_taken_apart=("tensor",),
+                ways=1,
+            ),
+            "language": replace(
+                _SMALL,
+                schedule=replace(
+                    language.SCHEDULE, base_steps=10, expert_steps=3, looked_at=Sizes(1, 1, 1)
+                ),
+            ),
+            "glyphs": replace(
+                _SMALL,
+                schedule=replace(
+                    glyphs.SCHEDULE, base_steps=60, expert_steps=15, looked_at=Sizes(40, 40, 40)
+                ),
+            ),
+        },
     ),
 }
 
@@ -137,6 +202,8 @@ class Record(_Strict):
     tasks: tuple[str, ...]
     base: Row
     individual: dict[str, float]
+    #: On test data, what a linear classifier that counts characters scores.
+    characters: dict[str, float] = {}
     first: list[Row]
     searched: list[Row]
     #: Of every method: the scores on validation data and knobs of its trials, as they were tried.
@@ -151,7 +218,16 @@ class Record(_Strict):
 
 
 #: The suites, in the order of the tables.
-BUILD = {"language": language.build, "glyphs": glyphs.build}
+BUILD = {"encoder": encoder.build, "language": language.build, "glyphs": glyphs.build}
+#: Those that are made of what is trained here, from nothing: they need no pretrained weights.
+FROM_NOTHING = ("language", "glyphs")
+#: What the suites must find before they begin.
+READY = {"encoder": encoder.refuse_unless_ready}
+
+
+def methods_of(name: str) -> Sequence[Method]:
+    """What is tried on a suite: those of models from nothing have a benchmark of their own."""
+    return METHODS if name in FROM_NOTHING else (*METHODS, *WITHOUT_DATA)
 
 
 def code() -> str:
@@ -204,6 +280,10 @@ def is_there(file: pathlib.Path, tier: str, kind: type[BaseModel]) -> bool:
     return True
 
 
+#: Scores on test data, and on data from elsewhere.
+Tested = tuple[dict[str, float], dict[str, float]]
+
+
 class Chosen:
     """Merged models that wait for the test data."""
 
@@ -222,22 +302,23 @@ class Chosen:
     def add_searched(self, method: Method, budget: int) -> None:
         self.add_tried(method, best_of(method.searched(self.suite, budget, self.suite.seed)))
 
-    def tested(self) -> list[Row]:
-        return [
-            Row(
-                method=method,
-                knobs=knobs,
-                validation=score,
-                test=self.suite.scores(state, "test"),
-                elsewhere=self.suite.scores_elsewhere(state),
+    def tested(self, known: dict[int, Tested] | None = None) -> list[Row]:
+        """The rows; ``known`` has what is known of a state already, by its identity."""
+        known, found = {} if known is None else known, []
+        for method, knobs, score, state in self.rows:
+            if id(state) not in known:
+                scores = self.suite.scores(state, "test")
+                known[id(state)] = scores, self.suite.scores_elsewhere(state)
+            test, elsewhere = known[id(state)]
+            found.append(
+                Row(method=method, knobs=knobs, validation=score, test=test, elsewhere=elsewhere)
             )
-            for method, knobs, score, state in self.rows
-        ]
+        return found
 
 
 def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
-    """Do everything in one thread, so that no bit depends on what else runs, and write it."""
-    torch.set_num_threads(1)
+    """Do everything in so many threads, that no bit depends on what else runs, and write it."""
+    torch.set_num_threads(TIERS[tier].efforts[name].threads)
     logging.getLogger("mergekit_pcb").setLevel(logging.ERROR)  # a search asks for odd things, too
     write_text(file, run(name, seed, tier).model_dump_json(indent=1) + "\n")
 
@@ -245,33 +326,37 @@ def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
 def run(name: str, seed: int, tier_name: str) -> Record:
     """Train one suite from one seed, and do all of it."""
     began, code_at_start = time.monotonic(), code()
-    tier = TIERS[tier_name]
+    effort = TIERS[tier_name].efforts[name]
 
     def told(what: str) -> None:
         click.echo(f"{name} {seed}: {what} after {time.monotonic() - began:.0f} s", err=True)
 
-    (suite,) = BUILD[name](seed, getattr(tier, name))
+    (suite,) = BUILD[name](seed, effort.schedule)
     told("trained")
     first, searched = Chosen(suite), Chosen(suite)
     trials: dict[str, list[Trial]] = {}
-    for method in METHODS:
-        trials[method.name] = method.searched(suite, tier.budget, seed)
+    for method in methods_of(name):
+        trials[method.name] = method.searched(suite, effort.budget, seed)
         first.add_tried(method, trials[method.name][0])
-        searched.add_tried(method, best_of(trials[method.name]))
+        if best_of(trials[method.name]) == trials[method.name][0]:
+            searched.rows.append(first.rows[-1])
+        else:
+            searched.add_tried(method, best_of(trials[method.name]))
+        without_data.forget()
     told("merged by every method")
     best = {row[0]: row[1] for row in searched.rows}
-    weighted = _weighted(suite, best, tier.weight_budget, seed)
+    weighted = _weighted(suite, best, effort.weight_budget, seed)
     told("weights searched")
-    adapted = _adapted(suite, best[PCB.name], tier.epochs) if suite.metric == "accuracy" else None
-    ablation = _ablation(suite, tier.budget)
+    adapted = _adapted(suite, best[PCB.name], effort.epochs)
+    ablation = _ablation(suite, effort)
     told("parts left out")
-    clip = _clip(suite, best, tier.clips)
-    sweeps = [_sweep(suite, scope, tier) for scope in SCOPES]
+    clip = _clip(suite, best, effort.clips)
+    sweeps = [_sweep(suite, scope, effort) for scope in SCOPES]
     told("swept")
-    some = _some_tasks(suite, max(2, tier.budget // 2), trials)
+    some = _some_tasks(suite, effort.some_budget, trials, effort.ways)
     told("merged in part")
     # From here on test data are read, and nothing is chosen any more.
-    base = Chosen(suite)
+    base, known = Chosen(suite), dict[int, Tested]()
     base.add("base", {}, suite.base)
     return Record(
         suite=name,
@@ -285,11 +370,12 @@ def run(name: str, seed: int, tier_name: str) -> Record:
         tasks=suite.tasks,
         base=base.tested()[0],
         individual=suite.individual("test"),
-        first=first.tested(),
-        searched=searched.tested(),
+        characters=suite.characters,
+        first=first.tested(known),
+        searched=searched.tested(known),
         trials=trials,
         weighted=weighted.tested(),
-        adapted=adapted.tested() if adapted else [],
+        adapted=adapted.tested(),
         ablation=ablation.tested(),
         clip=clip.tested(),
         tasks_merged={
@@ -306,7 +392,7 @@ def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> C
     Fisher merging has no other published knobs than these.
     """
     chosen = Chosen(suite)
-    for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER):
+    for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER) if budget else ():
         knobs = best[method.name]
         merged = _by_weights(suite, method, knobs)
         space = search.Space((1.0,) * len(suite.experts), bounds=WEIGHTS)
@@ -354,6 +440,8 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> Chosen:
     PCB's best setting; beside the same coefficients left as they are.
     """
     chosen = Chosen(suite)
+    if suite.metric != "accuracy" or not epochs:
+        return chosen
     starts = {
         "usual start": {"density": PCB.knobs[0].first, "lambda": START},
         "best start": best,
@@ -376,25 +464,26 @@ def _adapted(suite: Suite, best: Knobs, epochs: int) -> Chosen:
     return chosen
 
 
-def _ablation(suite: Suite, budget: int) -> Chosen:
+def _ablation(suite: Suite, effort: Effort) -> Chosen:
     """PCB without each of its parts; every variant is searched like PCB itself.
 
     Nothing is dropped at density 1, so the variant without the drop has lambda alone to search.
     """
     chosen = Chosen(suite)
-    for scope in SCOPES:
+    for scope in effort.scopes_taken_apart:
         for part in ("intra", "inter", "drop", "rescale"):
 
             def merge(suite: Suite, k: Knobs, part: Any = part, scope: str = scope) -> StateDict:
                 return baselines.without(suite, part, k.get("density", 1.0), k["lambda"], scope)
 
             knobs = tuple(k for k in PCB.knobs if part != "drop" or k.name != "density")
-            chosen.add_searched(Method(f"scope: {scope}, without {part}", knobs, merge), budget)
+            variant = Method(f"scope: {scope}, without {part}", knobs, merge)
+            chosen.add_searched(variant, effort.ablation_budget)
     return chosen
 
 
 def _some_tasks(
-    suite: Suite, budget: int, trials: dict[str, list[Trial]]
+    suite: Suite, budget: int, trials: dict[str, list[Trial]], ways: int = 2
 ) -> dict[int, list[Chosen]]:
     """Some of the tasks, from two on: the first and the last ones of an order that the seed draws.
 
@@ -405,7 +494,9 @@ def _some_tasks(
     random.Random(suite.seed).shuffle(order)  # noqa: S311 - not for secrets
     chosen: dict[int, list[Chosen]] = {}
     for count in range(2, len(order)):
-        chosen[count] = [Chosen(suite.among(some)) for some in (order[:count], order[-count:])]
+        chosen[count] = [
+            Chosen(suite.among(some)) for some in (order[:count], order[-count:])[:ways]
+        ]
         for one in chosen[count]:
             for method in methods:
                 one.add_searched(method, budget)
@@ -424,12 +515,12 @@ def _clip(suite: Suite, best: dict[str, Knobs], clips: Sequence[float]) -> Chose
     return chosen
 
 
-def _sweep(suite: Suite, scope: str, tier: Tier) -> Sweep:
+def _sweep(suite: Suite, scope: str, effort: Effort) -> Sweep:
     scores = []
-    for density in tier.densities:
+    for density in effort.densities:
         parts = contributions(suite.base, suite.experts, density=density, scope=scope)
         ones = [1.0] * len(parts)
         scores.append(
-            [suite.validation(combine(suite.base, parts, ones, scale)) for scale in tier.lambdas]
+            [suite.validation(combine(suite.base, parts, ones, scale)) for scale in effort.lambdas]
         )
-    return Sweep(scope=scope, densities=tier.densities, lambdas=tier.lambdas, scores=scores)
+    return Sweep(scope=scope, densities=effort.densities, lambdas=effort.lambdas, scores=scores)

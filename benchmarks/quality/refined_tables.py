@@ -9,22 +9,15 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quality.suite import DISTANCES, share
 from benchmarks.quality.tables import _lead, _line, _percent
+from benchmarks.quality.without_data import OURS
 from mergekit_pcb.files import write_text
 
 if TYPE_CHECKING:
     from benchmarks.quality.experiments import Row
     from benchmarks.quality.refined import Record
 
-OURS = "pcb, refine: solve"
 #: What sees the experts' data.
 WITH_DATA = ("RegMean",)
-#: Parts of ours, which are not its rivals.
-PARTS = (
-    "pcb",
-    "pcb, refine: solve, spectrum: 1",
-    "pcb, spectrum: auto",
-    "task_arithmetic + solve + spectrum",
-)
 SETTINGS = ("first", "searched")
 SHOWN = {"first": "default", "searched": "searched"}
 
@@ -85,7 +78,7 @@ def _values(records: Sequence[Record], setting: str, method: str) -> list[float]
 
 
 def _normalised(record: Record, row: Row) -> float:
-    return share(record.metric, row.test, record.base.test, record.individual)
+    return share(record.suite, row.test, record.base.test, record.individual)
 
 
 def _shares(records: Sequence[Record]) -> Iterable[str]:

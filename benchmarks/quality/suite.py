@@ -54,6 +54,8 @@ class Distance:
         return self.steps * schedule.expert_steps, self.rate * schedule.expert_rate
 
 
+#: The suites that speak of shares of scores, as the paper's tables of images do.
+OF_SCORES = ("glyphs",)
 NEAR = Distance("near")
 DISTANCES = (
     NEAR,
@@ -69,7 +71,7 @@ class Suite:
     ``model`` returns logits ``[rows, classes]`` and lends its modules to any state dict.
     Scores are accuracies, or negative losses in nats per token: higher is better.
     ``elsewhere`` are data of tasks that no model was trained on, ``learned_from`` what models
-    were trained on beside ``data``.
+    were trained on beside ``data``, ``characters`` what counting characters scores on test data.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Suite:
     data: dict[Split, dict[str, list[Batch]]]
     elsewhere: dict[str, list[Batch]] = field(default_factory=dict)
     learned_from: Sequence[torch.Tensor] = ()
+    characters: dict[str, float] = field(default_factory=dict)
 
     def scores(self, state: StateDict, split: Split) -> dict[str, float]:
         """The score of a model on every task."""
@@ -144,17 +147,18 @@ class Suite:
 
 
 def share(
-    metric: str, scores: dict[str, float], base: dict[str, float], individual: dict[str, float]
+    suite: str, scores: dict[str, float], base: dict[str, float], individual: dict[str, float]
 ) -> float:
-    """Accuracies: share of the own expert's, averaged. Losses: share of the experts' mean gain.
+    """Of the experts' mean gain over the base; in some suites of their scores, averaged.
 
-    Of the tasks that ``scores`` has.
+    Of the tasks that ``scores`` has. Zero where the experts gained nothing.
     """
-    if metric == "accuracy":
+    if suite in OF_SCORES:
         return statistics.mean(scores[task] / individual[task] for task in scores)
     start = statistics.mean(base[task] for task in scores)
     reached = statistics.mean(individual[task] for task in scores)
-    return (statistics.mean(scores.values()) - start) / (reached - start)
+    gain = statistics.mean(scores.values()) - start
+    return gain / (reached - start) if reached != start else 0.0
 
 
 def train(

@@ -19,6 +19,11 @@ from mergekit_pcb.files import write_text
 
 #: The two-sided 5 % points of Student's t for means of so many values.
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+#: What a suite's data from elsewhere are.
+ELSEWHERE = {
+    "language": "text that nobody was trained on",
+    "encoder": "finding the function, one of 128, that a docstring belongs to; accuracy in %",
+}
 Rows = Callable[[Record], Sequence[Row]]
 
 
@@ -101,15 +106,16 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
     seeds = sorted({record.seed for record in records})
     minutes = sum(record.seconds for record in records) / 60
     yield f"Tier {records[0].tier}, seeds {seeds}, {minutes:.0f} minutes of one thread in all.  "
-    yield "± is the standard deviation between seeds. Each trains anew, and draws new letters, but"
-    yield "the text and the digits are the same. Leads are taken seed by seed, + is better; a *"
-    yield "stands where Student's t puts them beyond this scatter (p < 0.05, each)."
+    yield "± is the standard deviation between seeds. Each trains anew, and draws new letters and"
+    yield "other files for the encoder; the language's text and the digits are the same. Leads are"
+    yield "taken seed by seed, + is better; a * stands where Student's t puts them beyond this"
+    yield "scatter (p < 0.05, each)."
     yield "\n## Share of what the experts reach\n"
     bases = [
         f"{name} {_percent([_normalised(record, record.base) for record in own])}"
         for name, own in _suites(records)
     ]
-    yield "Of their gain in loss over the base, or of their accuracy, each task's own expert's."
+    yield "Of their gain over the base, in loss or accuracy; of glyphs of their accuracy itself."
     yield f"The base: {', '.join(bases)}.\n"
     yield from summary(records)
     for name, own in _suites(records):
@@ -117,34 +123,41 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         what = "accuracy in %" if first.metric == "accuracy" else "loss in nats per token"
         yield f"\n## {name}: {what} on test data\n"
         yield "### Every method after the same search on validation data\n"
-        yield "linear and Fisher have no knobs, and model_stock's one can be on or off. Weights are"
-        yield f"searched afterwards (CMA-ES), in {TIERS[first.tier].weight_budget} trials more.\n"
+        effort = TIERS[first.tier].efforts[name]
+        yield "linear and Fisher have no knobs, and model_stock's one can be on or off."
+        if effort.weight_budget:
+            yield f"Weights are searched afterwards (CMA-ES), in {effort.weight_budget} trials."
+        if first.characters:
+            yield "Characters: a linear classifier that counts them."
+        yield ""
         yield from _table(own, _searched, with_tasks=True)
         yield "\n### The same, each task's share of its own expert\n"
         yield from _shares(own)
-        yield "\n### What the weights add, each to its own method\n"
-        yield from _added(own)
+        if first.weighted:
+            yield "\n### What the weights add, each to its own method\n"
+            yield from _added(own)
         yield "\n### At the first setting, without any search\n"
         yield from _table(own, lambda record: record.first)
-        for scope, complete in (("tensor", PCB.name), ("model", PCB_MODEL.name)):
+        for scope in effort.scopes_taken_apart:
+            complete = {"tensor": PCB.name, "model": PCB_MODEL.name}[scope]
             yield f"\n### Parts of PCB left out, scope: {scope}, each variant searched alike\n"
             yield from _table(own, partial(_ablated, scope, complete), reference=complete)
         yield "\n### Density and lambda: the best cells of the sweep, on validation data\n"
         yield from _best_cells(own)
-        for method in (PCB, PCB_MODEL):
+        for method in (PCB, PCB_MODEL) if first.clip else ():
             yield f"\n### clip, at the best density and lambda of {method.name}\n"
             yield from _table(own, partial(_clipped, method.name), reference="clip: 0.0001")
         for start in ("usual start", "best start") if first.adapted else ():
             yield f"\n### AdaMerging: coefficients without labels, {start}\n"
             yield from _table(own, partial(_adapted, start), reference=f"fixed, {start}")
-        yield "\n### Some of the tasks, half as many trials\n"
+        yield f"\n### Some of the tasks, {effort.some_budget} trials\n"
         yield "The first and the last ones of an order that each seed draws. What was chosen is the"
         yield "median over seeds and choices of tasks, with the least and the greatest.\n"
         yield from _counts(own)
         yield ""
         yield from _choices_by_count(own)
         if first.base.elsewhere:
-            yield "\n### Text that nobody was trained on\n"
+            yield f"\n### Elsewhere: {ELSEWHERE[name]}\n"
             yield from _elsewhere(own)
         yield "\n### What the searches chose\n"
         yield from _choices(own)
@@ -175,14 +188,15 @@ def _table(
     yield _line(["---", *["---:"] * (len(heading) - 1)])
     methods = list(_by_method(records, rows))
     if with_tasks:
-        individual = [
-            Row(method="", knobs={}, validation=0.0, test=record.individual) for record in records
-        ]
+        individual = [_plain(record.individual) for record in records]
         methods = [
             ("base", [record.base for record in records]),
             ("each task's own expert", individual),
             *methods,
         ]
+        if first.characters:
+            counted = [_plain(record.characters) for record in records]
+            methods.insert(0, ("characters", counted))
     against = dict(methods)[reference]
     for name, found in methods:
         cells = [
@@ -200,6 +214,11 @@ def _table(
                 for task in first.tasks
             ]
         yield _line(cells)
+
+
+def _plain(scores: dict[str, float]) -> Row:
+    """Test scores of what is no merge."""
+    return Row(method="", knobs={}, validation=0.0, test=scores)
 
 
 def _ablated(scope: str, complete: str, record: Record) -> list[Row]:
@@ -254,7 +273,7 @@ def _shares(records: Sequence[Record]) -> Iterable[str]:
             _percent(
                 [
                     share(
-                        record.metric,
+                        record.suite,
                         {task: row.test[task]},
                         record.base.test,
                         record.individual,
@@ -329,7 +348,9 @@ def _elsewhere(records: Sequence[Record]) -> Iterable[str]:
         *_by_method(records, _searched),
     ]
     for name, found in rows:
-        cells = [_shown("loss", [row.elsewhere[kind] for row in found]) for kind in kinds]
+        cells = [
+            _shown(records[0].metric, [row.elsewhere[kind] for row in found]) for kind in kinds
+        ]
         yield _line([name, *cells])
 
 
@@ -357,7 +378,7 @@ def _leads(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
 
 
 def _normalised(record: Record, row: Row) -> float:
-    return share(record.metric, row.test, record.base.test, record.individual)
+    return share(record.suite, row.test, record.base.test, record.individual)
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ what each task contributes can be summed; the spectrum (``spectrum.py``) is a st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from mergekit_pcb.core.matrices import Layout, Matrix, Norms, norms
 from mergekit_pcb.core.measure import OutOfRangeError, Statistics
 from mergekit_pcb.core.merge import beyond, delta
 from mergekit_pcb.core.solve import NotSolvableError, solve
-from mergekit_pcb.core.spectrum import even
+from mergekit_pcb.core.spectrum import even, even_
 from mergekit_pcb.core.vectors import Aligned
 
 
@@ -81,9 +81,8 @@ def refined(
         if own.changed:
             exponent = _exponent(own, refinement)
             (found,) = _unevened(matrix, own, statistics, [weights], refinement)
-            yield Refined(
-                matrix, exponent, evened(found, refinement.layout, exponent, aligned.name)
-            )
+            own_memory = evened(found, refinement.layout, exponent, aligned.name, even_)
+            yield Refined(matrix, exponent, own_memory)
 
 
 def contributions(
@@ -120,8 +119,17 @@ def apply(spectrum: Spectrum, summed: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
-def evened(flat: torch.Tensor, layout: Layout, exponent: float, name: str) -> torch.Tensor:
-    """One matrix with its singular values raised to ``exponent``, norm kept; as it is for 1."""
+def evened(
+    flat: torch.Tensor,
+    layout: Layout,
+    exponent: float,
+    name: str,
+    step: Callable[[torch.Tensor, float], torch.Tensor] = even,
+) -> torch.Tensor:
+    """One matrix with its singular values raised to ``exponent``, norm kept; as it is for 1.
+
+    ``step`` is :func:`even_` where the memory of ``flat`` may be used.
+    """
     if exponent == 1:
         return flat
     # A spectrum and its power do not ask which side is which.
@@ -129,7 +137,7 @@ def evened(flat: torch.Tensor, layout: Layout, exponent: float, name: str) -> to
     if not torch.isfinite(flat).all():
         raise OutOfRangeError(name)
     try:
-        return even(rows, exponent).reshape(-1)
+        return step(rows, exponent).reshape(-1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise NotSolvableError(name, "its singular values do not converge") from None
 

@@ -30,29 +30,34 @@ def even(rows: torch.Tensor, exponent: float) -> torch.Tensor:
     ``rows`` is ``[out, in]``, finite. Through the eigenvectors of the smaller of its Gram matrices.
     Of what a decomposition in float64 gives, the result in float32 is away by at most 3e-4 of the
     norm for an exponent of 0.5, and 5e-3 for 0, where directions at the floor count as much as
-    any. Memory beyond the result: :func:`working_elements`. Gradients pass through.
+    any. Gradients pass through.
     """
     if exponent == 1 or not rows.numel():
         return rows.clone()
-    if rows.shape[0] < rows.shape[1]:
-        return even(rows.T, exponent).T
     if rows.requires_grad:
+        if rows.shape[0] < rows.shape[1]:
+            return even(rows.T, exponent).T
         return _Even.apply(rows, exponent)  # type: ignore[no-any-return, no-untyped-call]
-    return _evened(rows, exponent)[0]
+    return even_(rows.clone(), exponent)
 
 
-def _evened(
-    rows: torch.Tensor, exponent: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The new matrix, the old singular values, their factors, and right singular vectors.
+def even_(rows: torch.Tensor, exponent: float) -> torch.Tensor:
+    """:func:`even` in the memory of ``rows``; beyond it: :func:`working_elements`."""
+    if exponent != 1 and rows.numel():
+        _even_(rows if rows.shape[0] >= rows.shape[1] else rows.T, exponent)
+    return rows
 
-    Of a matrix that is scaled to norm one, with no fewer rows than columns.
+
+def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Even a matrix in its memory; return old singular values, factors, right singular vectors.
+
+    Of the matrix scaled to norm one, which has no fewer rows than columns.
     """
     scale = norm(rows.reshape(-1))
     if scale == 0:
         none = rows.new_zeros(rows.shape[1])
-        return rows.clone(), none, torch.ones_like(none), torch.eye(rows.shape[1]).to(rows)
-    rows = rows / scale
+        return none, torch.ones_like(none), torch.eye(rows.shape[1]).to(rows)
+    rows.div_(scale)
     gram = rows.new_zeros((rows.shape[1], rows.shape[1]))
     add_gram_(gram, rows)
     mirror_(gram)
@@ -70,8 +75,9 @@ def _evened(
     factors.pow_(exponent - 1)
     left.mul_(factors)
     length = math.sqrt(math.fsum((values * factors).double().square().tolist()))
-    evened = left @ right.T
-    return evened.mul_(scale / length), values, factors, right
+    torch.mm(left, right.T, out=rows)
+    rows.mul_(scale / length)
+    return values, factors, right
 
 
 class _Even(torch.autograd.Function):
@@ -83,7 +89,8 @@ class _Even(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, exponent: float) -> torch.Tensor:
-        evened, values, factors, right = _evened(rows.detach(), exponent)
+        evened = rows.detach().clone()
+        values, factors, right = _even_(evened, exponent)
         ctx.exponent = exponent
         ctx.save_for_backward(rows.detach(), evened, values, factors, right)
         return evened
@@ -127,6 +134,9 @@ def flops(rows: int, columns: int) -> int:
 
 
 def working_elements(rows: int, columns: int) -> int:
-    """The numbers that :func:`even` holds at most, beyond its argument and its result."""
+    """The numbers that :func:`even_` holds at most, beyond its argument.
+
+    A Gram matrix, its eigenvectors and LAPACK's room for them; then they and the matrix turned.
+    """
     small = min(rows, columns)
-    return rows * columns + 4 * small * small
+    return max(4 * small * small, rows * columns + 2 * small * small)

