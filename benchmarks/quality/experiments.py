@@ -40,6 +40,7 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
 from benchmarks.quality.without_data import WITHOUT_DATA
+from benchmarks.quality.work import Work
 from mergekit_pcb import Contributions, adamerge, combine, contributions
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
@@ -280,38 +281,39 @@ def is_there(file: pathlib.Path, tier: str, kind: type[BaseModel]) -> bool:
     return True
 
 
-#: Scores on test data, and on data from elsewhere.
-Tested = tuple[dict[str, float], dict[str, float]]
-
-
 class Chosen:
-    """Merged models that wait for the test data."""
+    """Merges that wait for the test data: how each is made, and its score on validation data."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
-        self.rows: list[tuple[str, Knobs, float, StateDict]] = []
+        self.rows: list[tuple[str, Knobs, float, Callable[[], StateDict]]] = []
 
     def add(self, method: str, knobs: Knobs, state: StateDict, score: float | None = None) -> None:
         score = self.suite.validation(state) if score is None else score
-        self.rows.append((method, knobs, score, state))
+        self.rows.append((method, knobs, score, lambda: state))
 
     def add_tried(self, method: Method, trial: Trial) -> None:
         score, knobs = trial
-        self.add(method.name, knobs, method.merge(self.suite, knobs), score)
+        self.rows.append((method.name, knobs, score, partial(method.merge, self.suite, knobs)))
 
     def add_searched(self, method: Method, budget: int) -> None:
         self.add_tried(method, best_of(method.searched(self.suite, budget, self.suite.seed)))
 
-    def tested(self, known: dict[int, Tested] | None = None) -> list[Row]:
-        """The rows; ``known`` has what is known of a state already, by its identity."""
+    def tested(self, known: dict[str, Any] | None = None) -> list[Row]:
+        """The rows; ``known`` has those of the same suite that were tested already."""
         known, found = {} if known is None else known, []
-        for method, knobs, score, state in self.rows:
-            if id(state) not in known:
-                scores = self.suite.scores(state, "test")
-                known[id(state)] = scores, self.suite.scores_elsewhere(state)
-            test, elsewhere = known[id(state)]
+        for method, knobs, score, make in self.rows:
+
+            def test(make: Callable[[], StateDict] = make) -> tuple[Any, Any]:
+                state = make()
+                return self.suite.scores(state, "test"), self.suite.scores_elsewhere(state)
+
+            key = ["test", method, knobs, self.suite.tasks]
+            if str(key) not in known:
+                known[str(key)] = self.suite.work.score(key, test)
+            scores, elsewhere = known[str(key)]
             found.append(
-                Row(method=method, knobs=knobs, validation=score, test=test, elsewhere=elsewhere)
+                Row(method=method, knobs=knobs, validation=score, test=scores, elsewhere=elsewhere)
             )
         return found
 
@@ -320,28 +322,27 @@ def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
     """Do everything in so many threads, that no bit depends on what else runs, and write it."""
     torch.set_num_threads(TIERS[tier].efforts[name].threads)
     logging.getLogger("mergekit_pcb").setLevel(logging.ERROR)  # a search asks for odd things, too
-    write_text(file, run(name, seed, tier).model_dump_json(indent=1) + "\n")
+    work = Work(file.with_suffix(".work"), code())
+    write_text(file, run(name, seed, tier, work).model_dump_json(indent=1) + "\n")
+    work.remove()
 
 
-def run(name: str, seed: int, tier_name: str) -> Record:
-    """Train one suite from one seed, and do all of it."""
+def run(name: str, seed: int, tier_name: str, work: Work) -> Record:
+    """Train one suite from one seed, and do all of it; or what is left of it to do."""
     began, code_at_start = time.monotonic(), code()
     effort = TIERS[tier_name].efforts[name]
 
     def told(what: str) -> None:
         click.echo(f"{name} {seed}: {what} after {time.monotonic() - began:.0f} s", err=True)
 
-    (suite,) = BUILD[name](seed, effort.schedule)
+    (suite,) = BUILD[name](seed, effort.schedule, work=work)
     told("trained")
     first, searched = Chosen(suite), Chosen(suite)
     trials: dict[str, list[Trial]] = {}
     for method in methods_of(name):
         trials[method.name] = method.searched(suite, effort.budget, seed)
         first.add_tried(method, trials[method.name][0])
-        if best_of(trials[method.name]) == trials[method.name][0]:
-            searched.rows.append(first.rows[-1])
-        else:
-            searched.add_tried(method, best_of(trials[method.name]))
+        searched.add_tried(method, best_of(trials[method.name]))
         without_data.forget()
     told("merged by every method")
     best = {row[0]: row[1] for row in searched.rows}
@@ -356,7 +357,7 @@ def run(name: str, seed: int, tier_name: str) -> Record:
     some = _some_tasks(suite, effort.some_budget, trials, effort.ways)
     told("merged in part")
     # From here on test data are read, and nothing is chosen any more.
-    base, known = Chosen(suite), dict[int, Tested]()
+    base, known = Chosen(suite), dict[str, Any]()
     base.add("base", {}, suite.base)
     return Record(
         suite=name,

@@ -32,6 +32,7 @@ from benchmarks.quality.suite import (
     snapshot,
     train,
 )
+from benchmarks.quality.work import NOTHING_KEPT, Work
 
 Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
 Manner = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -129,7 +130,10 @@ class Encoder(torch.nn.Module):
 
 
 def build(
-    seed: int, schedule: Schedule, distances: Sequence[Distance] = (NEAR,)
+    seed: int,
+    schedule: Schedule,
+    distances: Sequence[Distance] = (NEAR,),
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[Suite]:
     """Train the base, and its experts at each distance, from numbers that ``seed`` decides on."""
     torch.manual_seed(seed)
@@ -157,7 +161,7 @@ def build(
             batches = partial(_batch, sources[task], number, schedule.batch)
             train(model.parameters(), model, batches, *distance.of(schedule))
             experts.append(snapshot(model))
-        yield Suite("glyphs", "accuracy", seed, TASKS, model, base, experts, data)
+        yield Suite("glyphs", "accuracy", seed, TASKS, model, base, experts, data, work=work)
 
 
 class _Source(Protocol):

@@ -33,6 +33,7 @@ from benchmarks.quality.suite import (
     snapshot,
     train,
 )
+from benchmarks.quality.work import NOTHING_KEPT, Work
 from mergekit_pcb.tools import demo
 
 TASKS = ("python", "c++", "prose", "json")
@@ -69,7 +70,10 @@ class Predictor(torch.nn.Module):
 
 
 def build(
-    seed: int, schedule: Schedule, distances: Sequence[Distance] = (NEAR,)
+    seed: int,
+    schedule: Schedule,
+    distances: Sequence[Distance] = (NEAR,),
+    work: Work = NOTHING_KEPT,
 ) -> Iterator[Suite]:
     """Train the base, and its experts at each distance; ``seed`` decides on weights and batches."""
     general = texts("general", GENERAL_CHARACTERS)
@@ -127,6 +131,7 @@ def build(
             data,
             elsewhere,
             learned_from=list(trained_on.values()),
+            work=work,
         )
 
 

@@ -89,10 +89,13 @@ class Method:
 
     def searched(self, suite: Suite, budget: int, seed: int) -> list[Trial]:
         """Every trial, in the order of ``trials``."""
-        return [
-            (suite.validation(self.merge(suite, knobs)), knobs)
-            for knobs in self.trials(budget, seed)
-        ]
+
+        def score(knobs: Knobs) -> float:
+            key = ["validation", self.name, knobs, suite.tasks]
+            found: float = suite.work.score(key, lambda: suite.validation(self.merge(suite, knobs)))
+            return found
+
+        return [(score(knobs), knobs) for knobs in self.trials(budget, seed)]
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

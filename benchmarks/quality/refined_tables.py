@@ -41,6 +41,8 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
     yield "Share of the experts' gain in loss over the base, or of their accuracy, on test data;"
     yield "± is the standard deviation between seeds. Bold: first among methods without data. A *"
     yield "stands where Student's t puts a lead beyond the scatter of the seeds (p < 0.05, each)."
+    yield "\n## At a glance: default / searched, in %\n"
+    yield from summary(records)
     for suite in dict.fromkeys(record.suite for record in records):
         own = [record for record in records if record.suite == suite]
         yield f"\n## {suite}\n"
@@ -56,6 +58,42 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
             most = max(max(record.agreement.values()) for record in some)
             yield f"- {distance}: {statistics.mean(values):.3f} ({least:.3f} to {most:.3f})"
     yield ""
+
+
+def summary(records: Sequence[Record]) -> Iterable[str]:
+    """Means over the seeds, of every method, suite and distance."""
+    columns = [
+        (f"{suite}, {distance}", some)
+        for suite in dict.fromkeys(record.suite for record in records)
+        for distance, some in _by_distance([r for r in records if r.suite == suite])
+    ]
+    yield _line(["method", *(name for name, _ in columns)])
+    yield _line(["---", *["---:"] * len(columns)])
+    bases = [statistics.mean(_normalised(r, r.base) for r in some) for _, some in columns]
+    yield _line(["base", *(f"{100 * base:.1f}" for base in bases)])
+    methods = [row.method for row in records[0].first]
+    first = {(name, s): _first_without_data(some, s) for name, some in columns for s in SETTINGS}
+    for method in methods:
+        cells = []
+        for name, some in columns:
+            shown = []
+            for s in SETTINGS:
+                mean = f"{100 * statistics.mean(_values(some, s, method)):.1f}"
+                shown.append(f"**{mean}**" if first[name, s] == method else mean)
+            cells.append(" / ".join(shown))
+        yield _line([_told(method), *cells])
+
+
+def _told(method: str) -> str:
+    return method + (" (sees data)" if method in WITH_DATA else "")
+
+
+def _first_without_data(records: Sequence[Record], setting: str) -> str:
+    methods = (row.method for row in records[0].first)
+    return max(
+        (method for method in methods if method not in WITH_DATA),
+        key=lambda method: statistics.mean(_values(records, setting, method)),
+    )
 
 
 def _by_distance(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
@@ -88,13 +126,7 @@ def _shares(records: Sequence[Record]) -> Iterable[str]:
     base = [_percent([_normalised(r, r.base) for r in some]) for _, some, _ in columns]
     yield _line(["base", *base])
     methods = [row.method for row in records[0].first]
-    best = [
-        max(
-            (m for m in methods if m not in WITH_DATA),
-            key=lambda m, some=some, s=s: statistics.mean(_values(some, s, m)),
-        )
-        for _, some, s in columns
-    ]
+    best = [_first_without_data(some, s) for _, some, s in columns]
     for method in methods:
         cells = [
             f"**{cell}**" if method == first else cell
@@ -102,7 +134,7 @@ def _shares(records: Sequence[Record]) -> Iterable[str]:
                 best, (_percent(_values(some, s, method)) for _, some, s in columns), strict=True
             )
         ]
-        yield _line([method + (" (sees data)" if method in WITH_DATA else ""), *cells])
+        yield _line([_told(method), *cells])
 
 
 def _leads(records: Sequence[Record]) -> Iterable[str]:

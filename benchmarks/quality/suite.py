@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-StateDict = dict[str, torch.Tensor]
+from benchmarks.quality.work import StateDict, Work
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 #: What a model is called with, and the class that is right for each row of its logits.
@@ -85,6 +86,7 @@ class Suite:
     elsewhere: dict[str, list[Batch]] = field(default_factory=dict)
     learned_from: Sequence[torch.Tensor] = ()
     characters: dict[str, float] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
     def scores(self, state: StateDict, split: Split) -> dict[str, float]:
         """The score of a model on every task."""

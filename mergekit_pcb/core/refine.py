@@ -52,16 +52,19 @@ def merge(
     Arguments and errors are those of :func:`mergekit_pcb.core.merge.merge`; further raises
     :class:`~mergekit_pcb.core.solve.NotSolvableError`.
     """
-    merged = aligned.base.clone()
     if scale == 0:
-        return merged
+        return aligned.base.clone()
+    # A tensor that is one matrix is merged in the memory of the matrix.
+    merged = None if refinement.layout.count == 1 else aligned.base.clone()
     for found in refined(aligned, statistics, weights, refinement):
         place = slice(found.matrix.start, found.matrix.end)
-        values = found.merged.mul_(scale).add_(merged[place])
-        if beyond(values, merged.dtype):
+        values = found.merged.mul_(scale).add_(aligned.base[place])
+        if beyond(values, aligned.base.dtype):
             raise OutOfRangeError(aligned.name)
+        if merged is None:
+            return values.to(aligned.base.dtype)
         merged[place] = values
-    return merged
+    return aligned.base.clone() if merged is None else merged
 
 
 @dataclass(frozen=True)
