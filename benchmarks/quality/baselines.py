@@ -111,7 +111,7 @@ def _products(suite: Suite, number: int) -> StateDict:
     handles = [
         watch(f"{name}.weight", layer)
         for name, layer in model.named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and f"{name}.weight" in suite.base
     ]
     with torch.no_grad():
         for inputs, _ in suite.data["train"][suite.tasks[number]]:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 import mergekit_pcb
 from benchmarks.measuring import machine
-from benchmarks.quality import baselines, encoder, glyphs, language, without_data
+from benchmarks.quality import baselines, decoder, encoder, glyphs, language, without_data
 from benchmarks.quality.methods import (
     FISHER,
     LINEAR,
@@ -63,12 +63,13 @@ class Effort:
     """How much is done with a suite: its training, the trials of a search, the grids of sweeps."""
 
     schedule: Schedule
-    #: Trials of a method; of a part left out, and of some of the tasks.
+    #: Trials of a method.
     budget: int
+    #: Trials of a part left out, of some of the tasks, and of weights; 0 leaves these out.
     ablation_budget: int
     some_budget: int
-    #: Trials of a search of weights, and passes of AdaMerging; 0 leaves them out.
     weight_budget: int
+    #: Passes of AdaMerging, or 0.
     epochs: int
     densities: tuple[float, ...]
     lambdas: tuple[float, ...]
@@ -97,6 +98,21 @@ _FULL = Effort(
     densities=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
     lambdas=(0.2, 0.35, 0.5, 0.7, 1.0, 1.5),
     clips=(0.0, 1e-4, 1e-3, 1e-2, 0.1),
+)
+#: Of models that take long to merge: each method, and little else.
+_DECODER = replace(
+    _FULL,
+    schedule=decoder.SCHEDULE,
+    budget=4,
+    ablation_budget=0,
+    some_budget=0,
+    weight_budget=0,
+    epochs=0,
+    densities=(0.1, 0.3, 1.0),
+    lambdas=(0.35, 0.7, 1.0),
+    clips=(),
+    scopes_taken_apart=(),
+    threads=2,
 )
 _SMALL = replace(
     _FULL,
@@ -132,9 +148,18 @@ TIERS = {
             "glyphs": replace(_FULL, schedule=glyphs.SCHEDULE),
         },
     ),
+    "large": Tier(seeds=(10, 11), efforts={"decoder": _DECODER}),
     "small": Tier(
         seeds=(10,),
         efforts={
+            "decoder": replace(
+                _DECODER,
+                schedule=replace(decoder.SCHEDULE, expert_steps=3, looked_at=Sizes(2, 2, 2)),
+                budget=1,
+                densities=(0.1,),
+                lambdas=(1.0,),
+                threads=1,
+            ),
             "encoder": replace(
                 _SMALL,
                 schedule=replace(encoder.SCHEDULE, expert_steps=15, looked_at=Sizes(20, 60, 60)),
@@ -176,6 +201,8 @@ class Row(_Strict):
     validation: float
     test: dict[str, float]
     elsewhere: dict[str, float] = {}
+    #: The part of each task's questions that were answered rightly.
+    answered: dict[str, float] = {}
 
 
 class Sweep(_Strict):
@@ -219,11 +246,19 @@ class Record(_Strict):
 
 
 #: The suites, in the order of the tables.
-BUILD = {"encoder": encoder.build, "language": language.build, "glyphs": glyphs.build}
+BUILD = {
+    "encoder": encoder.build,
+    "decoder": decoder.build,
+    "language": language.build,
+    "glyphs": glyphs.build,
+}
 #: Those that are made of what is trained here, from nothing: they need no pretrained weights.
 FROM_NOTHING = ("language", "glyphs")
 #: What the suites must find before they begin.
-READY = {"encoder": encoder.refuse_unless_ready}
+READY: dict[str, Callable[[pathlib.Path], None]] = {
+    "encoder": lambda _: encoder.refuse_unless_ready(),
+    "decoder": decoder.refuse_unless_ready,
+}
 
 
 def methods_of(name: str) -> Sequence[Method]:
@@ -304,17 +339,18 @@ class Chosen:
         known, found = {} if known is None else known, []
         for method, knobs, score, make in self.rows:
 
-            def test(make: Callable[[], StateDict] = make) -> tuple[Any, Any]:
+            def test(make: Callable[[], StateDict] = make) -> dict[str, Any]:
                 state = make()
-                return self.suite.scores(state, "test"), self.suite.scores_elsewhere(state)
+                return {
+                    "test": self.suite.scores(state, "test"),
+                    "elsewhere": self.suite.scores_elsewhere(state),
+                    "answered": self.suite.answered(state),
+                }
 
             key = ["test", method, knobs, self.suite.tasks]
             if str(key) not in known:
                 known[str(key)] = self.suite.work.score(key, test)
-            scores, elsewhere = known[str(key)]
-            found.append(
-                Row(method=method, knobs=knobs, validation=score, test=scores, elsewhere=elsewhere)
-            )
+            found.append(Row(method=method, knobs=knobs, validation=score, **known[str(key)]))
         return found
 
 
@@ -471,7 +507,7 @@ def _ablation(suite: Suite, effort: Effort) -> Chosen:
     Nothing is dropped at density 1, so the variant without the drop has lambda alone to search.
     """
     chosen = Chosen(suite)
-    for scope in effort.scopes_taken_apart:
+    for scope in effort.scopes_taken_apart if effort.ablation_budget else ():
         for part in ("intra", "inter", "drop", "rescale"):
 
             def merge(suite: Suite, k: Knobs, part: Any = part, scope: str = scope) -> StateDict:
@@ -494,6 +530,8 @@ def _some_tasks(
     order = list(suite.tasks)
     random.Random(suite.seed).shuffle(order)  # noqa: S311 - not for secrets
     chosen: dict[int, list[Chosen]] = {}
+    if not budget:
+        return chosen
     for count in range(2, len(order)):
         chosen[count] = [
             Chosen(suite.among(some)) for some in (order[:count], order[-count:])[:ways]

@@ -105,13 +105,13 @@ def build(
     after = torch.get_rng_state()
     data = {
         split: {
-            task: _batches(_spread(rows, getattr(schedule.looked_at, split)))
+            task: _batches(spread(rows, getattr(schedule.looked_at, split)))
             for task, rows in part.items()
         }
         for split, part in tokens.items()
     }
     elsewhere = {
-        kind: _batches(_spread(demo.sequences(tokenizer, _found(pattern)), schedule.looked_at.test))
+        kind: _batches(spread(demo.sequences(tokenizer, found(pattern)), schedule.looked_at.test))
         for kind, pattern in ELSEWHERE.items()
     }
     for distance in distances:
@@ -225,13 +225,13 @@ def known_share(file: str, known: Container[str]) -> float:
     return sum(len(line) for line in lines if line in known) / total if total else 0.0
 
 
-def _spread(sequences: torch.Tensor, count: int) -> torch.Tensor:
+def spread(sequences: torch.Tensor, count: int) -> torch.Tensor:
     """So many sequences, evenly over all of them."""
     count = min(count, len(sequences))
     return sequences[torch.linspace(0, len(sequences) - 1, count).long()]
 
 
-def _found(pattern: str) -> list[str]:
+def found(pattern: str) -> list[str]:
     files = sorted(pathlib.Path(torch.__file__).parent.glob(pattern))
     random.Random(pattern).shuffle(files)  # noqa: S311 - not for secrets
     return [file.read_text(encoding="utf-8")[:CHARACTERS_PER_FILE] for file in files]

@@ -14,16 +14,23 @@ arithmetic. For pcb it is the default of this package.
 from __future__ import annotations
 
 import math
+import pathlib
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import load_file
 
 import mergekit_pcb  # noqa: F401 - makes mergekit know the method
 from benchmarks.quality import baselines
 from benchmarks.quality.suite import StateDict, Suite
+from mergekit_pcb.errors import PCBError
 
 Knobs = dict[str, float]
 #: A setting that was tried, behind its mean score on validation data.
@@ -106,7 +113,9 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 def by_mergekit(
     suite: Suite, method: str, parameters: dict[str, Any], *, with_base: bool = True
 ) -> StateDict:
-    """Merge in memory, as mergekit-yaml would from files."""
+    """Merge in memory, as mergekit-yaml would from files; or by mergekit-yaml, if there are any."""
+    if suite.folders:
+        return _by_command(suite, method, parameters, with_base=with_base)
     models = {f"expert {number}": expert for number, expert in enumerate(suite.experts)}
     torch.manual_seed(suite.seed)  # mergekit's own random methods draw from the global generator
     with torch.no_grad():
@@ -114,6 +123,37 @@ def by_mergekit(
             return merge_state_dicts(models, method, parameters=parameters)
         models = {"base": suite.base, **models}
         return merge_state_dicts(models, method, base="base", parameters=parameters)
+
+
+def _by_command(
+    suite: Suite, method: str, parameters: dict[str, Any], *, with_base: bool
+) -> StateDict:
+    base, *experts = map(str, suite.folders)
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": expert} for expert in experts],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    if with_base:
+        config["base_model"] = base
+    with tempfile.TemporaryDirectory(dir=suite.folders[0].parent) as folder:
+        file, out = pathlib.Path(folder) / "config.yml", pathlib.Path(folder) / "merged"
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        stock = str(pathlib.Path(sys.executable).parent / "mergekit-yaml")
+        command = [stock, str(file), str(out), "--random-seed", str(suite.seed), "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            raise PCBError(
+                f"merge by {method}",
+                f"mergekit-yaml said: {said[-1]}",
+                "report this as a defect of the benchmark",
+            )
+        merged: StateDict = {}
+        for shard in sorted(out.glob("*.safetensors")):
+            merged.update(load_file(shard))
+    return merged
 
 
 def _density(first: float) -> Knob:

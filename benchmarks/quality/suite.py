@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,13 @@ class Schedule:
     expert_rate: float
     batch: int
     looked_at: Sizes
+
+
+class Question(NamedTuple):
+    """Sequences ``[choices, length]`` that differ after ``read`` tokens; the first one is right."""
+
+    choices: torch.Tensor
+    read: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,9 @@ class Suite:
     elsewhere: dict[str, list[Batch]] = field(default_factory=dict)
     learned_from: Sequence[torch.Tensor] = ()
     characters: dict[str, float] = field(default_factory=dict)
+    questions: dict[str, list[Question]] = field(default_factory=dict)
+    #: Checkpoints of the base and the experts, which mergekit's own command then merges.
+    folders: Sequence[pathlib.Path] = ()
     work: Work = field(default_factory=Work)
 
     def scores(self, state: StateDict, split: Split) -> dict[str, float]:
@@ -111,6 +122,22 @@ class Suite:
     def scores_elsewhere(self, state: StateDict) -> dict[str, float]:
         return {task: self._score(state, batches) for task, batches in self.elsewhere.items()}
 
+    @torch.no_grad()
+    def answered(self, state: StateDict) -> dict[str, float]:
+        """The part of each task's questions in which the right choice is the likeliest."""
+        if self.questions:
+            self.model.load_state_dict(state)
+            self.model.eval()
+        found = {}
+        for task, questions in self.questions.items():
+            right = 0
+            for rows, read in questions:
+                logits = self.model(rows).view(*rows[:, 1:].shape, -1).log_softmax(-1)
+                of_tokens = logits.gather(-1, rows[:, 1:, None])[..., 0]
+                right += int(of_tokens[:, read - 1 :].sum(-1).argmax()) == 0
+            found[task] = right / len(questions)
+        return found
+
     def validation(self, state: StateDict) -> float:
         """What a search maximises: the mean over the tasks."""
         scores = self.scores(state, "validation")
@@ -119,7 +146,13 @@ class Suite:
     def among(self, tasks: Sequence[str]) -> Suite:
         """The suite of some tasks and their experts, without data from elsewhere."""
         experts = [self.experts[self.tasks.index(task)] for task in tasks]
-        return replace(self, tasks=tuple(tasks), experts=experts, elsewhere={})
+        folders = self.folders and [
+            self.folders[0],
+            *(self.folders[1 + self.tasks.index(task)] for task in tasks),
+        ]
+        return replace(
+            self, tasks=tuple(tasks), experts=experts, elsewhere={}, questions={}, folders=folders
+        )
 
     def digest(self) -> str:
         """Of all data: the same on two machines if their data are."""

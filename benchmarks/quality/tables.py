@@ -22,6 +22,7 @@ STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 #: What a suite's data from elsewhere are.
 ELSEWHERE = {
     "language": "text that nobody was trained on",
+    "decoder": "text that nobody was trained on",
     "encoder": "finding the function, one of 128, that a docstring belongs to; accuracy in %",
 }
 Rows = Callable[[Record], Sequence[Row]]
@@ -105,7 +106,8 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         yield f"{machine}.  "
     seeds = sorted({record.seed for record in records})
     minutes = sum(record.seconds for record in records) / 60
-    yield f"Tier {records[0].tier}, seeds {seeds}, {minutes:.0f} minutes of one thread in all.  "
+    tiers = ", ".join(dict.fromkeys(record.tier for record in records))
+    yield f"Tier {tiers}, seeds {seeds}, {minutes:.0f} minutes of one thread in all.  "
     yield "± is the standard deviation between seeds. Each trains anew, and draws new letters and"
     yield "other files for the encoder; the language's text and the digits are the same. Leads are"
     yield "taken seed by seed, + is better; a * stands where Student's t puts them beyond this"
@@ -150,15 +152,19 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         for start in ("usual start", "best start") if first.adapted else ():
             yield f"\n### AdaMerging: coefficients without labels, {start}\n"
             yield from _table(own, partial(_adapted, start), reference=f"fixed, {start}")
-        yield f"\n### Some of the tasks, {effort.some_budget} trials\n"
-        yield "The first and the last ones of an order that each seed draws. What was chosen is the"
-        yield "median over seeds and choices of tasks, with the least and the greatest.\n"
-        yield from _counts(own)
-        yield ""
-        yield from _choices_by_count(own)
+        if first.tasks_merged:
+            yield f"\n### Some of the tasks, {effort.some_budget} trials\n"
+            yield "The first and the last ones of an order that each seed draws. What was chosen is"
+            yield "the median over seeds and choices of tasks, with the least and the greatest.\n"
+            yield from _counts(own)
+            yield ""
+            yield from _choices_by_count(own)
+        if first.base.answered:
+            yield "\n### The right one of four continuations: accuracy in %\n"
+            yield from _beside(own, "accuracy", lambda row: row.answered)
         if first.base.elsewhere:
             yield f"\n### Elsewhere: {ELSEWHERE[name]}\n"
-            yield from _elsewhere(own)
+            yield from _beside(own, first.metric, lambda row: row.elsewhere)
         yield "\n### What the searches chose\n"
         yield from _choices(own)
     yield ""
@@ -339,8 +345,11 @@ def _choices_by_count(records: Sequence[Record]) -> Iterable[str]:
             yield _line([f"{name}, {knob}", *cells])
 
 
-def _elsewhere(records: Sequence[Record]) -> Iterable[str]:
-    kinds = list(records[0].base.elsewhere)
+def _beside(
+    records: Sequence[Record], metric: str, scores: Callable[[Row], dict[str, float]]
+) -> Iterable[str]:
+    """What is measured beside the scores on test data."""
+    kinds = list(scores(records[0].base))
     yield _line(["model", *kinds])
     yield _line(["---", *["---:"] * len(kinds)])
     rows: Iterable[tuple[str, list[Row]]] = [
@@ -348,9 +357,7 @@ def _elsewhere(records: Sequence[Record]) -> Iterable[str]:
         *_by_method(records, _searched),
     ]
     for name, found in rows:
-        cells = [
-            _shown(records[0].metric, [row.elsewhere[kind] for row in found]) for kind in kinds
-        ]
+        cells = [_shown(metric, [scores(row)[kind] for row in found]) for kind in kinds]
         yield _line([name, *cells])
 
 
@@ -457,7 +464,9 @@ def _draw_counts(records: Sequence[Record], file: pathlib.Path) -> None:
     """The normalised score by the number of tasks, a panel per suite."""
     from matplotlib.figure import Figure
 
-    suites = list(_suites(records))
+    suites = [(suite, own) for suite, own in _suites(records) if own[0].tasks_merged]
+    if not suites:
+        return
     figure = Figure(figsize=(4.6 * len(suites), 3.6), layout="constrained")
     axes = figure.subplots(1, len(suites), squeeze=False)[0]
     for axis, (suite, own) in zip(axes, suites, strict=True):

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from benchmarks.quality import baselines, datafree
-from benchmarks.quality.methods import PCB, Choice, Knob, Knobs, Method
+from benchmarks.quality.methods import PCB, Choice, Knob, Knobs, Method, by_mergekit
 from benchmarks.quality.suite import StateDict, Suite
 from mergekit_pcb import Contributions, combine, contributions
 from mergekit_pcb.host.kinds import kinds_of, layout_of
@@ -38,6 +38,9 @@ def _parts(
 
 def _ours(name: str, refine: str, spectrum: float | str | None) -> Method:
     def merge(suite: Suite, knobs: Knobs) -> StateDict:
+        if suite.folders:
+            step = {} if spectrum is None else {"spectrum": spectrum}
+            return by_mergekit(suite, "pcb", {"refine": refine, **step, **knobs})
         parts = _parts(suite, knobs["density"], refine, spectrum)
         return combine(suite.base, parts, [1.0] * len(suite.experts), knobs["lambda"])
 
