@@ -210,5 +210,6 @@ def _draw(records: Sequence[Record], file: pathlib.Path) -> None:
             axis.grid(axis="x", alpha=0.3)
             axis.set_title(f"{suite}, {distance}", fontsize=9)
             axis.set_xlabel("share of what the experts reach, %", fontsize=8)
-    axes[0][0].legend(fontsize=7, loc="lower right")
+    marks, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(marks, labels, loc="outside upper right", ncols=2, fontsize=8)
     figure.savefig(file, dpi=110)
