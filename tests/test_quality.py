@@ -423,3 +423,18 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
     assert "\n".join(refined_tables.summary(records)) in (ROOT / "README.md").read_text()
     methods_of_all = {tuple(row.method for row in r.first) for r in records}
     assert methods_of_all == {tuple(m.name for m in refined.METHODS_OF_THIS)}
+
+
+def test_the_benchmark_of_refine_trains_what_its_tables_show(tmp_path, monkeypatch):
+    """Pretrained models have a benchmark of their own, and so has their tier."""
+    asked = []
+    monkeypatch.setattr(refined, "in_processes", lambda _, __, calls: asked.extend(calls))
+    monkeypatch.setattr(refined_tables, "write", lambda *_: "")
+    command = ["--seed", "10", "--out", str(tmp_path)]
+    result = CliRunner().invoke(refined.main, command)
+    assert result.exit_code == 0, result.output
+    assert [call[0] for call in asked] == list(experiments.FROM_NOTHING)
+    for other in (refined.main, choices.main):
+        result = CliRunner().invoke(other, ["--tier", "large", "--out", str(tmp_path)])
+        assert result.exit_code == 2
+        assert "'large' is not one of" in result.output

@@ -16,7 +16,14 @@ import click
 import torch
 
 from benchmarks.quality.baselines import agreement, evened, solution
-from benchmarks.quality.experiments import BUILD, FROM_NOTHING, RATE, START, TIERS
+from benchmarks.quality.experiments import (
+    BUILD,
+    FROM_NOTHING,
+    RATE,
+    START,
+    TIERS,
+    TIERS_FROM_NOTHING,
+)
 from benchmarks.quality.suite import DISTANCES, StateDict, Suite, share
 from benchmarks.quality.tables import _line
 from benchmarks.quality.without_data import matrices_of
@@ -220,7 +227,7 @@ _RULES: dict[str, Callable[[Case, StateDict], float | dict[str, float]]] = {
 
 @click.command()
 @click.option("--seed", default=0, show_default=True, help="One that no table reports.")
-@click.option("--tier", type=click.Choice(list(TIERS)), default="full", show_default=True)
+@click.option("--tier", type=click.Choice(TIERS_FROM_NOTHING), default="full", show_default=True)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=pathlib.Path),

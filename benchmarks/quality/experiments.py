@@ -254,6 +254,10 @@ BUILD = {
 }
 #: Those that are made of what is trained here, from nothing: they need no pretrained weights.
 FROM_NOTHING = ("language", "glyphs")
+#: The tiers that have these.
+TIERS_FROM_NOTHING = [
+    name for name, tier in TIERS.items() if set(FROM_NOTHING) <= set(tier.efforts)
+]
 #: What the suites must find before they begin.
 READY: dict[str, Callable[[pathlib.Path], None]] = {
     "encoder": lambda _: encoder.refuse_unless_ready(),

@@ -19,7 +19,9 @@ from benchmarks.measuring import machine
 from benchmarks.quality import baselines, refined_tables, without_data
 from benchmarks.quality.experiments import (
     BUILD,
+    FROM_NOTHING,
     TIERS,
+    TIERS_FROM_NOTHING,
     Chosen,
     Row,
     code,
@@ -134,7 +136,7 @@ def _read(folder: pathlib.Path) -> list[Record]:
 
 
 @click.command()
-@click.option("--tier", type=click.Choice(list(TIERS)), default="full", show_default=True)
+@click.option("--tier", type=click.Choice(TIERS_FROM_NOTHING), default="full", show_default=True)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=pathlib.Path),
@@ -160,7 +162,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     calls = []
     for seed in seeds:
-        for suite in BUILD:
+        for suite in FROM_NOTHING:
             missing = [
                 d for d in distances if not is_there(_file(out, suite, seed, d), tier, Record)
             ]
