@@ -7,6 +7,7 @@ them, with a vocabulary of characters.
 import dataclasses
 import hashlib
 import itertools
+import logging
 import math
 import sys
 from collections import Counter
@@ -146,6 +147,8 @@ def test_a_record_of_the_small_tier(tmp_path, monkeypatch):
         experiments.record("encoder", 10, "small", tmp_path / "again.json")
     finally:
         torch.set_num_threads(threads)
+
+    assert logging.getLogger("mergekit_pcb").level == logging.NOTSET  # quiet only as long as it ran
 
     def read(name):
         return experiments.Record.model_validate_json((tmp_path / f"{name}.json").read_text())

@@ -5,13 +5,14 @@ Everything is chosen on validation data; test data are read at the end, for what
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import multiprocessing
 import pathlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -361,10 +362,23 @@ class Chosen:
 def record(name: str, seed: int, tier: str, file: pathlib.Path) -> None:
     """Do everything in so many threads, that no bit depends on what else runs, and write it."""
     torch.set_num_threads(TIERS[tier].efforts[name].threads)
-    logging.getLogger("mergekit_pcb").setLevel(logging.ERROR)  # a search asks for odd things, too
     work = Work(file.with_suffix(".work"), code())
-    write_text(file, run(name, seed, tier, work).model_dump_json(indent=1) + "\n")
+    with _quiet():
+        made = run(name, seed, tier, work)
+    write_text(file, made.model_dump_json(indent=1) + "\n")
     work.remove()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the package's warnings: a search asks for odd things, too."""
+    log = logging.getLogger("mergekit_pcb")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def run(name: str, seed: int, tier_name: str, work: Work) -> Record:
