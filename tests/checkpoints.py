@@ -97,3 +97,32 @@ def merge(tmp_path, config, *options, command="mergekit-yaml", check=True, **env
     if command == "mergekit-yaml":
         arguments.append("--no-copy-tokenizer")
     return out, run(command, *arguments, check=check, **environment)
+
+
+def study_of(folder):
+    """The study of a search's folder, as anybody opens it with Optuna."""
+    import optuna
+
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    return optuna.load_study(study_name=folder.name, storage=storage)
+
+
+def log_of(folder):
+    """The trials of a study that are over."""
+    found = []
+    for trial in study_of(folder).get_trials():
+        if not trial.state.is_finished():
+            continue
+        values = {name: v if name == "refine" else round(v, 4) for name, v in trial.params.items()}
+        weights = [values.pop(name) for name in sorted(values) if name.startswith("weight ")]
+        found.append(
+            {
+                "trial": trial.number + 1,
+                "weights": weights,
+                "shared": values,
+                "score": trial.values[0] if trial.values else None,
+                "error": trial.user_attrs["outcome"]["error"],
+            }
+        )
+    return found

@@ -10,14 +10,15 @@ import sys
 import pytest
 import torch
 import yaml
-from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
+from checkpoints import configuration, log_of, merge, run, save_family, tensors, tiny_llama
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from test_bad_input import THREE_BEATS
 from test_plan import environment
 
 import mergekit_pcb
-from mergekit_pcb.tools import cli, search_files
+from mergekit_pcb.tools import cli
+from mergekit_pcb.tools.search_merges import Merges
 
 
 @pytest.fixture
@@ -91,13 +92,17 @@ def test_tools_name_the_damaged_file(tmp_path, paths, damage, command):
         "measure": ["-o", tmp_path / "out.json"],
         "search": ["-o", tmp_path / "out.yml", "--evaluate", "echo {model} 1", "--budget", 1],
     }[command]
-    before = {path for path in tmp_path.rglob("*") if path.suffix != ".jsonl"}
+    before = set(tmp_path.rglob("*"))
     result = CliRunner().invoke(cli.main, [command, str(config), *map(str, options)])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1, result.output
     assert result.output.count(f"cannot read {file}; because") == 1, result.output
-    after = {path for path in tmp_path.rglob("*") if path.suffix != ".jsonl"}
-    assert after - before <= {tmp_path / "out.search"}
+    work = tmp_path / "out.search"
+    assert {path for path in set(tmp_path.rglob("*")) - before if work not in path.parents} <= {
+        work
+    }
+    assert not (work / "contributions").exists()
+    assert not list((work / "trials").glob("*"))
 
 
 @pytest.mark.parametrize("damage", [truncate, remove, misplace], ids=lambda damage: damage.__name__)
@@ -227,9 +232,8 @@ def test_a_search_on_a_full_disk(tmp_path, blocks):
     assert "Traceback" not in result.stderr
     assert re.search(THREE_BEATS, result.stderr), result.stderr
     assert f"cannot write to {tmp_path / 'best.search'}; because" in result.stderr
-    left = {path.name for path in (tmp_path / "best.search").iterdir()}
-    assert "trial" not in left
-    done = run("mergekit-pcb", *command[1:], "--resume")
+    assert not list((tmp_path / "best.search" / "trials").glob("*"))
+    done = run("mergekit-pcb", *command[1:])
     assert "best.yml: score 1 in trial 1" in done.stdout
 
 
@@ -239,7 +243,7 @@ def test_the_trials_before_the_disk_was_full_are_kept(tmp_path, monkeypatch):
     config.write_text(yaml.safe_dump(configuration(paths)))
     arguments = ["search", str(config), "--evaluate", "echo {model} 1", "--budget", "4"]
     arguments += ["-o", str(tmp_path / "best.yml")]
-    made, real = [], search_files._Merges._sum
+    made, real = [], Merges._sum
 
     def full(self, *args):
         made.append(args)
@@ -247,14 +251,14 @@ def test_the_trials_before_the_disk_was_full_are_kept(tmp_path, monkeypatch):
         if len(made) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(search_files._Merges, "_sum", full)
+    monkeypatch.setattr(Merges, "_sum", full)
     result = CliRunner().invoke(cli.main, arguments)
     assert result.exit_code == 1
     assert "No space left on device; make room there and continue" in result.output
     folder = tmp_path / "best.search"
-    assert len((folder / "trials.jsonl").read_text().splitlines()) == 3
-    assert not (folder / "trial").exists()
-    result = CliRunner().invoke(cli.main, [*arguments, "--resume"])
+    assert len(log_of(folder)) == 2
+    assert not list((folder / "trials").glob("*"))
+    result = CliRunner().invoke(cli.main, arguments)
     assert result.exit_code == 0, result.output
     assert len(made) == 3 + 2
 
@@ -452,8 +456,8 @@ def test_empty_tensors_in_a_whole_model(tmp_path, small):
 @pytest.mark.parametrize("damage", ["nothing", "values", "index", "missing"])
 def test_a_resumed_search_does_not_trust_what_it_finds(tmp_path, small, monkeypatch, damage):
     config, _ = small
-    made, real, measured = [], search_files._Merges._sum, []
-    measure = search_files._Merges._measure
+    made, real, measured = [], Merges._sum, []
+    measure = Merges._measure
 
     def stopped(self, *args):
         made.append(args)
@@ -461,10 +465,8 @@ def test_a_resumed_search_does_not_trust_what_it_finds(tmp_path, small, monkeypa
         if len(made) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(search_files._Merges, "_sum", stopped)
-    monkeypatch.setattr(
-        search_files._Merges, "_measure", lambda self: measured.append(1) or measure(self)
-    )
+    monkeypatch.setattr(Merges, "_sum", stopped)
+    monkeypatch.setattr(Merges, "_measure", lambda self: measured.append(1) or measure(self))
     score = "sha256sum {model}/model.safetensors | tr -d a-f | cut -c1-7"
     command = ["search", config, "--evaluate", score, "--budget", 5, "-o", tmp_path / "best.yml"]
     invoked(*command)
@@ -479,12 +481,11 @@ def test_a_resumed_search_does_not_trust_what_it_finds(tmp_path, small, monkeypa
         (parts / "index.json").write_text("[]")
     elif damage == "missing":
         sorted(parts.glob("*.safetensors"))[0].unlink()
-    assert invoked(*command, "--resume").exit_code == 0
+    assert invoked(*command).exit_code == 0
     assert len(measured) == (1 if damage == "nothing" else 2)
-    resumed = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()[1:]]
+    resumed = log_of(folder)
     invoked(*command, "--work", tmp_path / "fresh")
-    lines = (tmp_path / "fresh" / "trials.jsonl").read_text().splitlines()[1:]
-    fresh = [json.loads(line) for line in lines]
+    fresh = log_of(tmp_path / "fresh")
     assert [t["score"] for t in resumed] == [t["score"] for t in fresh]
 
 
@@ -495,7 +496,7 @@ def test_a_search_does_not_go_on_with_other_models(tmp_path, small):
     assert invoked(*command).exit_code == 0
     state = tensors(files[1])
     save_file({**state, "w": state["w"] + 1}, files[1])
-    result = invoked(*command, "--resume")
+    result = invoked(*command)
     assert result.exit_code == 1
     assert "begun with other models" in result.output
 

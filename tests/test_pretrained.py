@@ -95,6 +95,13 @@ def get_name(self):
     ----------
     strict : bool, optional
         Whether to raise.
+
+    Returns
+    -------
+    str
+        What it is called.
+
+    Nobody else has it.
     """
     if strict:
         raise ValueError(f"no name {x} here")
@@ -102,20 +109,22 @@ def get_name(self):
 '''
     import ast
 
-    lines = source.splitlines()
     found = [
         one
         for node in ast.walk(ast.parse(source))
-        for one in sources._of_node("numpy", node, lines)
+        for one in sources._of_node("numpy", node)
         if one[2]
     ]
     assert ("package", "numpy", "Return the name.") in found
     ((_, kind, text),) = [one for one in found if one[0] == "type"]
     assert (kind, text.strip()) == ("bool", "Whether to raise.")
     assert ("exception", "ValueError", "no name … here") in found
-    ((_, verb, body),) = [one for one in found if one[0] == "verb"]
-    assert verb == "get"
-    assert body.split() == source.split('"""')[2].split()
+    sections = [(name, " ".join(text.split())) for task, name, text in found if task == "section"]
+    assert sections == [
+        ("parameters", "strict : bool, optional Whether to raise."),
+        ("returns", "str What it is called."),
+        ("returns", "Nobody else has it."),
+    ]
 
 
 def test_no_file_is_in_two_parts(few_files):

@@ -1,6 +1,5 @@
 """`mergekit-pcb search` and `search_weights`: the paper's evolution strategy."""
 
-import json
 import os
 import pathlib
 import random
@@ -15,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
+from checkpoints import configuration, log_of, merge, run, save_family, tensors, tiny_llama
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import save_file
 from test_bad_input import THREE_BEATS
 
 import mergekit_pcb
 from mergekit_pcb import search_weights
-from mergekit_pcb.tools.search import EvaluationError, Space, search
+from mergekit_pcb.tools.search import search
+from mergekit_pcb.tools.search_space import EvaluationError, Space
 
 # Scores a checkpoint by its distance to another, without torch, and counts how often.
 SCORE = """
@@ -80,11 +80,6 @@ def trials(place):
     return log_of(place / "best.search")
 
 
-def log_of(folder):
-    lines = (folder / "trials.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[1:]]
-
-
 def evaluations(place):
     return len((place / "evaluations").read_text())
 
@@ -106,7 +101,13 @@ def test_a_search_finds_weights_that_stock_mergekit_merges(place):
     out, _ = merge(place / "again", (place / "best.yml").read_text())
     score = run_score(place, out)
     assert score == pytest.approx(best["score"], rel=1e-4)
-    assert {path.name for path in (place / "best.search").iterdir()} == {"trials.jsonl"}
+    assert left_in(place / "best.search") == {"study.journal"}
+
+
+def left_in(folder):
+    """What a search leaves beside its locks."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)) for path in paths} - {"lock", "measuring", "references"}
 
 
 def run_score(place, folder):
@@ -123,8 +124,8 @@ def test_a_killed_search_resumes_and_repeats_nothing(place):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    log, deadline = place / "best.search" / "trials.jsonl", time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < 6:
+    journal, deadline = place / "best.search" / "study.journal", time.monotonic() + 120
+    while not (place / "evaluations").exists() or evaluations(place) < 6:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -132,24 +133,22 @@ def test_a_killed_search_resumes_and_repeats_nothing(place):
     process.wait()
     before = trials(place)
     assert 5 <= len(before) < 14
-    with log.open("a") as file:
-        file.write('{"trial": 6, "wei')  # killed in the middle of a line
+    with journal.open("a") as file:
+        file.write('{"op_code": 6, "wei')  # killed in the middle of a line
     done = evaluations(place)
-    refused = run("mergekit-pcb", "search", *arguments(place), check=False)
-    assert "continue it with --resume" in refused.stderr
-    run("mergekit-pcb", "search", *arguments(place, "--resume"))
+    run("mergekit-pcb", "search", *arguments(place))
     assert trials(place)[: len(before)] == before
-    assert len(trials(place)) == 14
+    assert [trial["trial"] for trial in trials(place)] == list(range(1, 15))
     assert evaluations(place) - done == 14 - len(before)
     interrupted = [(trial["weights"], trial["score"]) for trial in trials(place)]
     # A larger budget goes on where it ended; a fresh search tries the same.
-    run("mergekit-pcb", "search", *arguments(place, "--resume", budget=16))
+    run("mergekit-pcb", "search", *arguments(place, budget=16))
     assert evaluations(place) - done == 16 - len(before)
     fresh = arguments(place, "--work", place / "fresh")
     run("mergekit-pcb", "search", *fresh)
     again = log_of(place / "fresh")
     assert [(trial["weights"], trial["score"]) for trial in again] == interrupted
-    other = run("mergekit-pcb", "search", *arguments(place, "--resume", "--seed", 1), check=False)
+    other = run("mergekit-pcb", "search", *arguments(place, "--seed", 1), check=False)
     assert (
         "begun with other models, another configuration, command, options or version"
         in other.stderr
@@ -213,16 +212,17 @@ def test_trials_are_what_merges_give(place, family):
     """Sharded, whole-model, DARE, bfloat16, frozen weights: a sum of files against a merge."""
     from mergekit.options import MergeOptions
 
-    from mergekit_pcb.tools.search_files import _Merges
     from mergekit_pcb.tools.search_job import Job, configured
+    from mergekit_pcb.tools.search_merges import Merges
 
     parameters = {"scope": "model", "dare_density": 0.6, "density": 0.2, "lambda": 1.3}
     config = configuration(family, parameters=parameters, dtype="float32", out_dtype="bfloat16")
     job = Job(config, "", place / "b.yml", place / "work", searched=("weight", "lambda"))
     job.folder.mkdir()
-    merges = _Merges(job, MergeOptions(copy_tokenizer=False))
+    merges = Merges(job, MergeOptions(copy_tokenizer=False))
+    merges.prepare()
     for weights, shared in (([1.0, 2.0, 0.5], {"lambda": 0.9}), ([0.7, 0.7, 3.0], {})):
-        made = tensors(merges.trial(weights, shared))
+        made = tensors(merges.trial(weights, shared, job.folder / "trials" / "0001"))
         out, _ = merge(place / f"m{weights[0]}", configured(config, weights, shared))
         expected = tensors(out)
         assert set(made) == set(expected)
@@ -230,22 +230,24 @@ def test_trials_are_what_merges_give(place, family):
             assert made[name].dtype == tensor.dtype
             assert (made[name] != tensor).double().mean() < 2e-3, name
             assert torch.allclose(made[name].float(), tensor.float(), rtol=1e-2)
-    assert (merges._trial / "config.json").exists()
+    assert (job.folder / "trials" / "0001" / "config.json").exists()
 
 
 def test_weights_that_are_not_searched_stay_as_configured(place):
     """Gradients and numerals included: a sum of files against a merge."""
     from mergekit.options import MergeOptions
 
-    from mergekit_pcb.tools.search_files import _Merges
     from mergekit_pcb.tools.search_job import Job, configured
+    from mergekit_pcb.tools.search_merges import Merges
 
     config = yaml.safe_load((place / "config.yml").read_text())
     config["models"][0]["parameters"] = {"weight": [0.5, 1.5]}
     config["parameters"]["weight"] = "5e-1"
     job = Job(config, "", place / "b.yml", place / "work", searched=("lambda",))
     job.folder.mkdir()
-    made = tensors(_Merges(job, MergeOptions(copy_tokenizer=False)).trial([], {"lambda": 0.9}))
+    merges = Merges(job, MergeOptions(copy_tokenizer=False))
+    merges.prepare()
+    made = tensors(merges.trial([], {"lambda": 0.9}, job.folder / "trials" / "0001"))
     out, _ = merge(place / "again", configured(config, [], {"lambda": 0.9}))
     for name, tensor in tensors(out).items():
         assert torch.allclose(made[name], tensor, rtol=1e-6, atol=1e-8), name
@@ -279,29 +281,17 @@ def test_mistakes_end_in_a_sentence(place, change, options, complaint):
     assert complaint in sentence.group()
 
 
-def test_without_cma_nothing_is_written(place, monkeypatch):
+@pytest.mark.parametrize("package", ["optuna", "cmaes"])
+def test_without_optuna_nothing_is_written(place, monkeypatch, package):
     from click.testing import CliRunner
 
     from mergekit_pcb.tools import cli
 
-    monkeypatch.setitem(sys.modules, "cma", None)
+    monkeypatch.setitem(sys.modules, package, None)
     result = CliRunner().invoke(cli.main, ["search", *map(str, arguments(place))])
-    assert "pip install cma" in result.output
+    assert f"the package {package} is missing; pip install 'mergekit-pcb[search]'" in result.output
     assert not (place / "best.search").exists()
     assert not (place / "best.yml").exists()
-
-
-def test_damaged_logs_are_refused(place):
-    run("mergekit-pcb", "search", *arguments(place, budget=3))
-    log = place / "best.search" / "trials.jsonl"
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
-    result = run("mergekit-pcb", "search", *arguments(place, "--resume", budget=3), check=False)
-    assert "line 2 of trials.jsonl is damaged" in result.stderr
-    edited = json.loads(lines[2]) | {"weights": [1.0, 1.5]}
-    log.write_text("\n".join([*lines[:2], json.dumps(edited), lines[3]]) + "\n")
-    result = run("mergekit-pcb", "search", *arguments(place, "--resume", budget=3), check=False)
-    assert "its trial 2 tried [1.0, 1.5]" in result.stderr
 
 
 # --- In memory --------------------------------------------------------------------------------
@@ -409,13 +399,13 @@ def test_weights_found_in_memory(n):
     np.random.seed(1)
     random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    found = search_weights(distance, base, experts, density=0.5, budget=80, minimize=True)
+    found = search_weights(distance, base, experts, density=0.5, budget=120, minimize=True)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
-    assert len(called) == len(found.trials) == 80
+    assert len(called) == len(found.trials) == 120
     assert found.best.weights == pytest.approx(wanted, abs=0.2)
-    again = search_weights(distance, base, experts, density=0.5, budget=80, minimize=True)
+    again = search_weights(distance, base, experts, density=0.5, budget=120, minimize=True)
     assert [t.weights for t in again.trials] == [t.weights for t in found.trials]
     assert [t.score for t in again.trials] == [t.score for t in found.trials]
 
@@ -423,15 +413,15 @@ def test_weights_found_in_memory(n):
 def test_trials_stay_within_bounds_and_budget():
     tried = []
 
-    def evaluate(weights, shared):
+    def evaluate(weights, shared, _):
         tried.append([*weights, shared["lambda"]])
         if len(tried) % 3 == 0:
             raise EvaluationError("no")
         return sum(weights)
 
     space = Space((0.9, 1.1), (("lambda", 1.0),), bounds=(0.8, 1.3))
-    found = list(search(evaluate, space, 23))
-    assert len(found) == len(tried) == 23
+    found = list(search(evaluate, space, 40))
+    assert len(found) == len(tried) == 40
     assert all(0.8 <= w <= 1.3 for *weights, _ in tried for w in weights)
     assert all(0.5 <= scale <= 2.5 for *_, scale in tried)
     assert [trial.error for trial in found[:3]] == [None, None, "no"]

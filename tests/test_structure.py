@@ -143,36 +143,79 @@ ARROWS = {
     "tools.figures": {"errors", "tools.counts"},
     "tools.page": {"tools.counts", "tools.figures"},  # the first only for type checkers
     "tools.report": {"errors", "files", "host.planning", "tools.counts"},
-    "tools.search": {"errors", "state_dicts"},
-    "tools.search_job": {"errors", "host.planning", "tools.search"},
-    "tools.search_files": {
+    "tools.search_space": {"errors"},
+    "tools.search": {"state_dicts", "tools.search_space"},
+    "tools.search_scores": {"errors", "tools.search_space"},
+    "tools.search_job": {
+        "errors",
+        "host.planning",
+        "tools.search_scores",
+        "tools.search_space",
+    },
+    "tools.search_study": {
+        "core.dare",
+        "errors",
+        "tools.search_job",
+        "tools.search_scores",
+        "tools.search_space",
+    },
+    "tools.search_merges": {
         "core.dare",
         "core.matrices",
         "core.refine",
+        "core.vectors",
         "errors",
         "files",
         "host.groups",
+        "host.inputs",
         "host.method",
         "host.plan",
         "host.planning",
         "host.statistics_file",
-        "tools.search",
+        "tools.check_text",
         "tools.search_job",
+        "tools.search_space",
+        "tools.search_study",
+    },
+    "tools.search_figures": {
+        "errors",
+        "files",
+        "tools.figures",
+        "tools.search_space",
+        "tools.search_study",  # for type checkers
+    },
+    "tools.search_files": {
+        "errors",
+        "files",
+        "host.planning",
+        "tools.search_figures",
+        "tools.search_job",
+        "tools.search_merges",
+        "tools.search_scores",
+        "tools.search_space",
+        "tools.search_study",
+    },
+    "tools.cli_options": {"errors", "files", "host.planning"},
+    "tools.cli_search": {
+        "errors",
+        "tools.cli_options",
+        "tools.search_files",
+        "tools.search_job",
+        "tools.search_scores",
     },
     "tools.cli": {
         "errors",
-        "files",
         "host.inputs",
         "host.planning",
         "host.whole_model",
         "tools.adapters",
         "tools.check",
+        "tools.cli_options",
+        "tools.cli_search",
         "tools.demo",
         "tools.figures",
         "tools.page",
         "tools.report",
-        "tools.search_files",
-        "tools.search_job",
     },
 }
 FLOORS = ("core", "host", "tools")
@@ -240,7 +283,7 @@ def test_the_mathematics_knows_torch_and_numpy_alone(room):
 
 def test_only_the_host_and_what_checks_texts_know_mergekit():
     knows = {r for r in ARROWS if any(n.split(".")[0] == "mergekit" for n in imports(r))}
-    allowed = {"state_dicts", "_autoload", "tools.check", "tools.check_text", "tools.cli"}
+    allowed = {"state_dicts", "_autoload", "tools.check", "tools.check_text", "tools.cli_options"}
     assert {room for room in knows if not room.startswith("host.")} <= allowed
 
 

@@ -48,11 +48,11 @@ DIGEST = "e585032ec5852803"
 LEAST_MEMORY = 8 << 30
 TASKS = tuple(sources.CLASSES)
 #: Texts are cut after so many tokens.
-TOKENS = 24
+TOKENS = 16
 #: How files are shared out.
 SHARES: dict[Split, float] = {"train": 0.55, "validation": 0.1, "test": 0.35}
 #: A head, and the count of characters, learn of so many texts at most; experts of all.
-LEARNED_FROM = 4000
+LEARNED_FROM = 1000
 ROWS = 128
 PAIRS = 8 * ROWS
 #: Inverse penalties of the heads' weights; validation texts choose one.
@@ -62,8 +62,8 @@ LEAST_GAIN = 0.03
 SCHEDULE = Schedule(
     base_steps=0,
     base_rate=0.0,
-    expert_steps=200,
-    expert_rate=2e-4,
+    expert_steps=150,
+    expert_rate=3e-4,
     batch=32,
     looked_at=Sizes(train=256, validation=200, test=2000),
 )
@@ -143,10 +143,11 @@ def build(
             torch.manual_seed(seed * len(TASKS) + number)
             model.load_state_dict(base)
             model.train()
-            learned = parts[TASKS[number]]["train"]
+            classes = _by_class(parts[TASKS[number]]["train"])
 
             def batch() -> Batch:
-                some = [learned[i] for i in torch.randint(len(learned), (schedule.batch,))]
+                drawn = [classes[i] for i in torch.randint(len(classes), (schedule.batch,))]
+                some = [own[int(torch.randint(len(own), ()))] for own in drawn]
                 return reader.batch(some, number)
 
             train(model.parameters(), model, batch, *distance.of(schedule))
@@ -231,6 +232,14 @@ def _parts(examples: Sequence[Example], seed: int, draw: random.Random) -> Parts
         turns = [(turn, label) for label, own in classes.items() for turn in range(len(own))]
         parts[split] = [classes[label][turn] for turn, label in sorted(turns)]
     return parts
+
+
+def _by_class(examples: Sequence[Example]) -> list[list[Example]]:
+    """Experts learn of all classes alike, as heads do, and as they are scored."""
+    found: dict[int, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.label, []).append(example)
+    return [own for _, own in sorted(found.items())]
 
 
 class _Reader:

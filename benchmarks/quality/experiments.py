@@ -46,9 +46,11 @@ from mergekit_pcb import Contributions, adamerge, combine, contributions
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
 from mergekit_pcb.tools import search
+from mergekit_pcb.tools.search_space import Found, Space
 
 PACKAGES = (
-    "transformers", "tokenizers", "cma", "scikit-learn", "matplotlib", "pillow", "numpy", "pydantic"
+    "transformers", "tokenizers", "optuna", "cmaes", "scikit-learn", "matplotlib", "pillow",
+    "numpy", "pydantic",
 )  # fmt: skip
 SCOPES = ("tensor", "model")
 #: Bounds of the searched weights: wide enough to leave an expert out.
@@ -450,17 +452,18 @@ def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> C
     for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER) if budget else ():
         knobs = best[method.name]
         merged = _by_weights(suite, method, knobs)
-        space = search.Space((1.0,) * len(suite.experts), bounds=WEIGHTS)
+        space = Space((1.0,) * len(suite.experts), bounds=WEIGHTS)
 
         def score(
             weights: Sequence[float],
-            _: float | None,
+            _: Any,
+            __: Any,
             merged: Callable[[Sequence[float]], StateDict] = merged,
         ) -> float:
             return suite.validation(merged(weights))
 
         trials = list(search.search(score, space, budget, seed=seed))
-        trial = search.Found(trials, minimize=False).best
+        trial = Found(trials, minimize=False).best
         assert trial is not None  # noqa: S101 - a mean of finite losses is one
         found = {f"weight {task}": w for task, w in zip(suite.tasks, trial.weights, strict=True)}
         chosen.add(

@@ -5,7 +5,7 @@ Five tasks, of which each file gives some examples:
 - *package*: the first paragraph of a docstring; which package is it from?
 - *exception*: the message of an exception; of which type?
 - *type*: a parameter's description; what is passed for it?
-- *verb*: the body of a function; with which verb does its name begin?
+- *section*: a paragraph of a docstring; from which of its sections?
 - *part*: a paragraph of a C++ header; to which part of torch does it belong?
 
 A text stands once in a task, and not at all if it stands there with two classes.
@@ -41,9 +41,8 @@ TYPES = {
     "array-like": "array", "np.ndarray": "array", "list": "sequence", "tuple": "sequence",
     "sequence": "sequence", "iterable": "sequence", "callable": "function", "function": "function",
 }  # fmt: skip
-VERBS = (
-    "add", "apply", "build", "check", "compute", "convert", "create", "find", "generate", "get",
-    "is", "load", "make", "parse", "print", "set", "update", "validate",
+SECTIONS = (
+    "attributes", "examples", "notes", "parameters", "raises", "references", "returns", "see also",
 )  # fmt: skip
 PARTS = (
     "ATen/core", "ATen/cpu", "ATen/native", "c10/core", "c10/util", "google/protobuf",
@@ -61,11 +60,17 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "package": tuple(sorted((*PACKAGES, STANDARD_LIBRARY))),
     "exception": EXCEPTIONS,
     "type": tuple(sorted(set(TYPES.values()))),
-    "verb": VERBS,
+    "section": SECTIONS,
     "part": PARTS,
 }
 #: ``name : type`` as numpy documents parameters, and ``name (`type`)`` as transformers does.
 NUMPY = re.compile(r"^( *)\*{0,2}\w+ : ([\w.-]+).*\n((?:\1 +\S.*\n?)+)", re.MULTILINE)
+#: A section as numpy documents it: its name and what stands there.
+SECTION = re.compile(
+    r"^([A-Z][\w ]+)\n-{3,}\n(.*?)(?=^[A-Z][\w ]+\n-{3,}\n|\Z)", re.MULTILINE | re.DOTALL
+)
+#: Of a section, so many paragraphs.
+PARAGRAPHS = 3
 GOOGLE = re.compile(r"^( *)\w+ \(`?([\w.-]+).*\):\s*\n((?:\1 +\S.*\n?)+)", re.MULTILINE)
 
 
@@ -117,7 +122,7 @@ def texts() -> Texts:
         name = f"{package}/{file.relative_to(folder).as_posix()}"
         lines = source.splitlines()
         for node in ast.walk(tree):
-            for task, label, text in _of_node(package, node, lines):
+            for task, label, text in _of_node(package, node):
                 add(task, label, text, name)
             if isinstance(node, ast.FunctionDef) and (words := _summary(node)):
                 code = " ".join(_body(node, lines).split())[:CHARACTERS]
@@ -166,18 +171,19 @@ def _headers() -> Iterator[tuple[str, pathlib.Path]]:
             yield part, file
 
 
-def _of_node(package: str, node: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+def _of_node(package: str, node: ast.AST) -> Iterator[tuple[str, str, str]]:
     """Tasks, classes and texts that a node gives."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
         yield "package", package, _summary(node)
+        documented = ast.get_docstring(node) or ""
         for pattern in (NUMPY, GOOGLE):
-            for _, kind, text in pattern.findall(ast.get_docstring(node) or ""):
+            for _, kind, text in pattern.findall(documented):
                 if kind.lower() in TYPES:
                     yield "type", TYPES[kind.lower()], text
-    if isinstance(node, ast.FunctionDef):
-        words = node.name.strip("_").lower().split("_")
-        if words[0] in VERBS:
-            yield "verb", words[0], _body(node, lines)
+        for name, text in SECTION.findall(documented):
+            if name.lower() in SECTIONS:
+                for paragraph in re.split(r"\n\s*\n", text.strip())[:PARAGRAPHS]:
+                    yield "section", name.lower(), paragraph
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
         kind = node.exc.func.id if isinstance(node.exc.func, ast.Name) else ""
         if kind in EXCEPTIONS:

@@ -41,12 +41,13 @@ def part(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _figure(height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+def blank(height: float, columns: int = 1, *, rows: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes, of which one alone is no array."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(1, columns, **options)
-    for axis in axes if columns > 1 else [axes]:
+    axes = figure.subplots(rows, columns, **options)
+    for axis in axes.flat if rows * columns > 1 else [axes]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
     return figure, axes
@@ -66,7 +67,7 @@ def _svg(figure: Any) -> str:
 
 def kept(report: Report, groups: dict[str, TensorCounts], what: str) -> str:
     shares = [[part(t.kept, g.elements) for t in g.tasks] for g in groups.values()]
-    figure, axis = _figure(max(2.2, 0.24 * len(groups) + 1.2))
+    figure, axis = blank(max(2.2, 0.24 * len(groups) + 1.2))
     image = _heat(axis, shares, report.tasks, list(groups), highest=None)
     axis.set_ylabel(what)
     bar = figure.colorbar(image, ax=axis, shrink=0.9, pad=0.01)
@@ -99,7 +100,7 @@ def _heat(
 
 
 def shares(report: Report, layers: dict[str, TensorCounts]) -> str:
-    figure, axis = _figure(3.4)
+    figure, axis = blank(3.4)
     places, bottom = range(len(layers)), [0.0] * len(layers)
     for number, name in enumerate(report.tasks):
         shares = [counts.share(number) for counts in layers.values()]
@@ -114,7 +115,7 @@ def shares(report: Report, layers: dict[str, TensorCounts]) -> str:
 
 
 def norms(report: Report, layers: dict[str, TensorCounts]) -> str:
-    figure, axis = _figure(3.4)
+    figure, axis = blank(3.4)
     groups = list(layers.values())
     places = range(len(groups))
     bases = [math.sqrt(g.base_sq) for g in groups]
@@ -133,7 +134,7 @@ def norms(report: Report, layers: dict[str, TensorCounts]) -> str:
 
 
 def conflicts(layers: dict[str, TensorCounts]) -> str:
-    figure, axis = _figure(3.2)
+    figure, axis = blank(3.2)
     groups = list(layers.values())
     before = [part(g.conflicts_before, g.met_before) for g in groups]
     after = [part(g.conflicts_after, g.met_after) for g in groups]
@@ -148,7 +149,7 @@ def conflicts(layers: dict[str, TensorCounts]) -> str:
 
 
 def overlaps(report: Report, total: TensorCounts) -> str:
-    figure, (left, right) = _figure(3.6, 2)
+    figure, (left, right) = blank(3.6, 2)
     kept = [own.kept for own in total.tasks]
     shares = [
         [part(both, kept[i] + kept[j] - both) for j, both in enumerate(row)]
@@ -166,7 +167,7 @@ def overlaps(report: Report, total: TensorCounts) -> str:
 
 
 def distribution(report: Report) -> str:
-    figure, axis = _figure(3.0)
+    figure, axis = blank(3.0)
     for number, name in enumerate(report.tasks):
         shares = [
             part(counts.tasks[number].kept, counts.elements) for counts in report.tensors.values()
@@ -216,7 +217,7 @@ def _by_depth(report: Report, value: Callable[[TensorCounts], float], what: str)
     """A picture of a number of every refined tensor: layers to the right, a line for each kind."""
     rows = [(layer_of(n), kind_of(n), value(c)) for n, c in report.tensors.items() if c.refined]
     layers = [layer for layer in report.by_layer() if layer in {row[0] for row in rows}]
-    figure, axis = _figure(3.6)
+    figure, axis = blank(3.6)
     for number, kind in enumerate(dict.fromkeys(row[1] for row in rows)):
         own = [(layers.index(layer), v) for layer, k, v in rows if k == kind]
         mark = MARKERS[number // len(COLOURS) % len(MARKERS)]

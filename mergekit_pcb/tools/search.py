@@ -1,178 +1,83 @@
-"""The paper's evolution strategy: per-task weights by CMA-ES against a score of your own.
+"""The paper's evolution strategy, for models in memory: weights by CMA-ES against a score.
 
-The strategy itself, and the search for models in memory. Statistics are measured once. The
-result is linear in the weights, so a trial is one weighted sum; where the spectrum is evened, a
-step per matrix follows on it.
+Statistics are measured once. The result is linear in the weights, so a trial is one weighted
+sum; where the spectrum is evened, a step per matrix follows on it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from mergekit_pcb.errors import PCBError
-from mergekit_pcb.state_dicts import Model, StateDict, combine, contributions
-
-#: The paper's bounds for language models (0.8 to 1.3 for vision), and ours for the others.
-BOUNDS = {"weight": (0.5, 3.0), "lambda": (0.5, 2.5), "density": (0.01, 0.6)}
-#: Standard deviation of the first trials, of the width of the bounds.
-STEP = 0.2
-DIGITS = 4
-
-
-class Trial(BaseModel):
-    """One point that was tried; the score is missing where the evaluation failed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    trial: int
-    weights: list[float]
-    #: ``lambda`` and ``density``, where they are searched.
-    shared: dict[str, float] = {}
-    score: float | None
-    error: str | None = None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """The best trial and all of them; :attr:`best` is ``None`` where every one failed."""
-
-    trials: list[Trial]
-    minimize: bool
-
-    @property
-    def best(self) -> Trial | None:
-        scored = [trial for trial in self.trials if trial.score is not None]
-        sign = 1 if self.minimize else -1
-        return min(scored, key=lambda trial: sign * (trial.score or 0.0), default=None)
-
-
-@dataclass(frozen=True)
-class Space:
-    """What is searched: where it starts, and between which bounds; no weights: not those."""
-
-    weights: tuple[float, ...]
-    shared: tuple[tuple[str, float], ...] = ()
-    bounds: tuple[float, float] = BOUNDS["weight"]
-
-    def axes(self) -> list[tuple[str, float, float, float]]:
-        """Name, start, lowest and highest value of every number that is searched."""
-        found = [(f"weight of model {i + 1}", w, *self.bounds) for i, w in enumerate(self.weights)]
-        found += [(name, value, *BOUNDS[name]) for name, value in self.shared]
-        for name, start, low, high in found:
-            if not low <= start <= high:
-                raise PCBError(
-                    f"search the {name}",
-                    f"it starts at {start:g}, outside of {low:g} to {high:g}",
-                    "start it within, or set other bounds",
-                )
-        return found
+from mergekit_pcb.state_dicts import Model, combine, contributions
+from mergekit_pcb.tools.search_space import (
+    BOUNDS,
+    EvaluationError,
+    Found,
+    Shared,
+    Space,
+    Trial,
+    require_optuna,
+    sampler,
+    suggested,
+)
 
 
 def search(
-    evaluate: Callable[[Sequence[float], dict[str, float]], float],
+    evaluate: Callable[..., float],
     space: Space,
     budget: int,
     *,
     seed: int = 0,
     minimize: bool = False,
-    past: Sequence[Trial] = (),
+    study: Any = None,
 ) -> Iterator[Trial]:
-    """Yield trials as they end, the start first and those of ``past`` without evaluating them.
+    """Yield trials as they end, the start first.
 
-    ``evaluate`` takes weights and shared values and returns a score; what it raises as
-    :class:`EvaluationError`, and scores that are no finite numbers, make a failing trial, which
-    counts as worst. The global generators are not touched.
+    ``evaluate`` takes weights, the other values and Optuna's trial, and returns a score. What it
+    raises as :class:`EvaluationError` or as Optuna's ``TrialPruned``, and scores that are no
+    finite numbers, make a failing trial. The global generators are not touched. A ``study`` of
+    the caller's own brings its sampler, its pruner and its direction.
     """
-    axes = space.axes()
-    lows, highs = np.array([a[2] for a in axes]), np.array([a[3] for a in axes])
-    begin = (np.array([a[1] for a in axes]) - lows) / (highs - lows)
-    count = 0
-
-    def attempt(place: Any) -> Trial:
-        nonlocal count
-        count += 1
-        values = [round(float(v), DIGITS) for v in lows + np.array(place) * (highs - lows)]
-        split = len(values) - len(space.shared)
-        weights = values[:split]
-        shared = {name: v for (name, _), v in zip(space.shared, values[split:], strict=True)}
-        if count <= len(past):
-            trial = past[count - 1]
-            if (trial.weights, trial.shared) != (weights, shared):
-                raise PCBError(
-                    "resume the search",
-                    f"its trial {count} tried {trial.weights} where now {weights} would be tried",
-                    "use the versions it was begun with, or begin anew",
-                )
-            return trial
-        started, score, error = time.monotonic(), None, None
+    optuna = require_optuna()
+    space.axes()
+    if study is None:
+        direction = "minimize" if minimize else "maximize"
+        study = optuna.create_study(sampler=sampler(space, seed), direction=direction)
+    study.enqueue_trial(space.start())
+    for number in range(1, budget + 1):
+        trial = study.ask()
+        weights, shared = suggested(trial, space)
+        began, score, error, state = time.monotonic(), None, None, optuna.trial.TrialState.FAIL
         try:
-            score = float(evaluate(weights, shared))
+            score = float(evaluate(weights, shared, trial))
             if not math.isfinite(score):
                 score, error = None, f"the score is {score}"
         except EvaluationError as failure:
             error = str(failure)
-        return Trial(
-            trial=count,
+        except optuna.TrialPruned as pruned:
+            error, state = f"pruned {pruned}".strip(), optuna.trial.TrialState.PRUNED
+        if score is None:
+            study.tell(trial, state=state)
+        else:
+            study.tell(trial, score)
+        yield Trial(
+            trial=number,
             weights=weights,
             shared=shared,
-            score=score,
+            scores=None if score is None else [score],
             error=error,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(time.monotonic() - began, 3),
         )
-
-    yield attempt(begin)
-    strategy = _strategy(begin, seed)
-    while count < budget:
-        places, losses = strategy.ask(), []
-        for place in places:
-            if count == budget:
-                return
-            trial = attempt(place[: len(axes)])
-            yield trial
-            sign = 1 if minimize else -1
-            losses.append(math.inf if trial.score is None else sign * trial.score)
-        strategy.tell(places, losses)
-
-
-class EvaluationError(Exception):
-    """An evaluation failed; the search goes on."""
-
-
-def require_cma() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot draw plots
-            import cma
-    except ImportError:
-        raise PCBError("search", "the package cma is missing", "pip install cma") from None
-    return cma
-
-
-def _strategy(begin: Any, seed: int) -> Any:
-    random = np.random.RandomState(seed)
-    # CMA-ES wants two dimensions; a second that nobody looks at does no harm.
-    begin = begin if len(begin) > 1 else np.array([begin[0], 0.5])
-    options = {
-        "bounds": [0.0, 1.0],
-        "verbose": -9,
-        "seed": np.nan,  # leave numpy's global generator alone
-        "randn": lambda *shape: random.randn(*shape),
-    }
-    return require_cma().CMAEvolutionStrategy(begin, STEP, options)
 
 
 def search_weights(
-    score: Callable[[StateDict], float],
+    score: Callable[..., float],
     base: Model,
     experts: Sequence[Model],
     *,
@@ -183,6 +88,7 @@ def search_weights(
     minimize: bool = False,
     seed: int = 0,
     quiet: bool = True,
+    study: Any = None,
     **parameters: Any,
 ) -> Found:
     """Search per-task weights for models in memory.
@@ -192,17 +98,27 @@ def search_weights(
     :func:`~mergekit_pcb.state_dicts.contributions`, which runs once; a trial is one weighted
     sum, and a step per matrix where the spectrum is evened. ``budget`` counts calls of ``score``;
     the first is at ``start``. An exception of ``score`` ends the search.
+
+    ``study`` is an Optuna study with a sampler or pruner of your own, whose direction counts in
+    place of ``minimize``. A ``score`` of two arguments is called with Optuna's trial as the
+    second, to report to it and to ask whether to prune.
     """
-    require_cma()  # complain before the work
+    require_optuna()  # complain before the work
     parts = contributions(base, experts, **parameters)
     begin = [start] * len(parts) if isinstance(start, (int, float)) else list(start)
     space = Space(tuple(map(float, begin)), bounds=bounds)
+    places = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    asked = [p for p in signature(score).parameters.values() if p.kind in places]
+    takes_trial = len([p for p in asked if p.default is Parameter.empty]) > 1
 
-    def evaluate(weights: Sequence[float], _: dict[str, float]) -> float:
-        return score(combine(base, parts, weights, scale))
+    def evaluate(weights: Sequence[float], _: Shared, trial: Any) -> float:
+        merged = combine(base, parts, weights, scale)
+        return score(merged, trial) if takes_trial else score(merged)
 
+    if study is not None:
+        minimize = study.direction.name == "MINIMIZE"
     found = Found([], minimize)
-    trials = search(evaluate, space, budget, seed=seed, minimize=minimize)
+    trials = search(evaluate, space, budget, seed=seed, minimize=minimize, study=study)
     for trial in tqdm(trials, total=budget, desc="Searching", disable=True if quiet else None):
         found.trials.append(trial)
     return found

@@ -13,7 +13,13 @@ from typing import Any
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.planning import named_models
-from mergekit_pcb.tools.search import BOUNDS, Space
+from mergekit_pcb.tools.search_scores import Score
+from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Shared, Space
+
+#: What can be searched beside the weights, and where it starts unless the configuration says.
+SHARED: dict[str, float | str] = {"lambda": 1.0, "density": 0.1, "anchor": 0.1, "refine": "none"}
+#: What a trial needs no merge for, but a weighted sum of files.
+LINEAR = {"weight", "lambda"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,13 @@ class Job:
     seed: int = 0
     minimize: bool = False
     timeout: float | None = None
+    #: Where scores are read; without any, the last number that the command prints is the score.
+    scores: tuple[Score, ...] = ()
+    #: Trials at a time, and the graphics cards that they take in turns.
+    jobs: int = 1
+    gpus: tuple[int, ...] = ()
+    #: Optuna's storage; without one, a journal in the folder.
+    storage: str | None = None
 
     def check(self) -> None:
         """Refuse what no search can be made of, before anything is written."""
@@ -43,17 +56,39 @@ class Job:
         if not (low < high and math.isfinite(high - low)):
             what = f"{low:g} and {high:g} bound nothing to search"
             raise PCBError("search", what, "give LOW HIGH, two numbers")
+        names = [score.name for score in self.scores]
+        if len(set(names)) < len(names):
+            raise PCBError("score", "two scores have one name", "name them apart")
+        if self.minimize and self.scores:
+            raise PCBError(
+                "minimize all of several scores",
+                "each has a direction of its own",
+                "write --lower NAME=FILE:KEY where lower is better",
+            )
+        for score in self.scores:
+            if self.jobs > 1 and "{model}" not in score.file:
+                raise PCBError(
+                    f"run {self.jobs} trials at a time",
+                    f"all would write the score {score.name} to {score.file}",
+                    "let the command write into {model}",
+                )
 
     def digest(self) -> str:
         """Of everything that a log belongs to; a larger budget goes on with the same."""
         told = [self.configuration, self.command, self.searched, self.bounds, self.seed]
         told += [_files_of(name) for name in named_models(self.configuration)]
-        text = json.dumps([*told, self.minimize], sort_keys=True, default=str)
+        told += [self.minimize, [str(score) for score in self.scores]]
+        text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
-    def log(self) -> pathlib.Path:
-        return self.folder / "trials.jsonl"
+    def minimized(self) -> list[bool]:
+        """Of every score, whether lower is better."""
+        return [score.lower for score in self.scores] or [self.minimize]
+
+    @property
+    def linear(self) -> bool:
+        return set(self.searched) <= LINEAR
 
 
 def _files_of(name: str) -> list[tuple[str, int, int]]:
@@ -86,32 +121,38 @@ def space_of(job: Job) -> Space:
             "search this configuration", "its parameters are no mapping", "write `name: value`"
         )
 
-    def number(name: str, values: dict[str, Any], default: float) -> float:
+    def number(name: str, values: dict[str, Any], default: Any) -> float | str:
         value = values.get(name, common.get(name, default))
+        if name in CHOICES and value in CHOICES[name]:
+            return str(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PCBError(
                 f"search {name}",
                 f"the configuration gives it filters or a gradient ({value!r})",
-                f"give {name} one number to start from",
+                f"give {name} one value to start from",
             )
         return float(value)
 
     shared = []
-    for name, default in (("lambda", 1.0), ("density", 0.1)):
-        if name in job.searched:
-            if any(name in values for values in own):
-                raise PCBError(
-                    f"search {name}",
-                    "models have values of their own",
-                    "write one at the top level to start from",
-                )
-            shared.append((name, number(name, {}, default)))
-    weights = [number("weight", values, 1.0) for values in own if "weight" in job.searched]
+    for name in [name for name in SHARED if name in job.searched]:
+        if any(name in values for values in own):
+            raise PCBError(
+                f"search {name}",
+                "models have values of their own",
+                "write one at the top level to start from",
+            )
+        shared.append((name, number(name, {}, SHARED[name])))
+    refined = common.get("refine", "none") != "none" or "refine" in job.searched
+    if "anchor" in job.searched and not refined:
+        raise PCBError(
+            "search anchor", "it holds `refine: solve` to PCB", "write refine: solve, or search it"
+        )
+    weights = [float(number("weight", v, 1.0)) for v in own if "weight" in job.searched]
     return Space(tuple(weights), tuple(shared), job.bounds)
 
 
 def configured(
-    configuration: dict[str, Any], weights: Sequence[float], shared: dict[str, float]
+    configuration: dict[str, Any], weights: Sequence[float], shared: Shared
 ) -> dict[str, Any]:
     """The configuration with these values in it."""
     made = copy.deepcopy(configuration)

@@ -1,0 +1,71 @@
+"""What the commands have in common: arguments, mergekit's own options, and what goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import yaml
+
+from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
+from mergekit_pcb.files import check_target
+
+# mergekit's own options pass through a command's, to be read by merge_options.
+HOST_OPTIONS = {"ignore_unknown_options": True}
+config_argument = click.argument(
+    "config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
+)
+host_options = click.argument("options", nargs=-1, type=click.UNPROCESSED)
+
+
+def output_option(what: str, *, folder: bool = False) -> Callable[[Any], Any]:
+    kind = click.Path(dir_okay=folder, file_okay=not folder, path_type=pathlib.Path)
+    return click.option("-o", "--output", type=kind, required=True, help=what)
+
+
+@contextlib.contextmanager
+def explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[None]:
+    """Turn what mergekit, pydantic and the Hub's client say of a configuration into a sentence."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except (*HOST_ERRORS, yaml.YAMLError) as error:
+        raise PCBError(what, one_line(error), remedy) from None
+
+
+def document_for(config: pathlib.Path, output: pathlib.Path) -> Any:
+    """What a configuration says, once it is sure that the output may be written beside it."""
+    from mergekit_pcb.host import planning
+
+    check_target(output)
+    try:
+        document = yaml.safe_load(text_of(config))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        why = f"it is not YAML ({one_line(error)})"
+        raise PCBError(f"read {config}", why, "correct it") from None
+    planning.refuse_to_overwrite(output, config, document)
+    return document
+
+
+def text_of(config: pathlib.Path) -> str:
+    try:
+        return config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PCBError(f"read {config}", one_line(error), "name a YAML file in UTF-8") from None
+
+
+def merge_options(arguments: tuple[str, ...]) -> Any:
+    from mergekit.options import add_merge_options
+
+    @click.command()
+    @add_merge_options  # type: ignore[untyped-decorator]
+    def parse(merge_options: Any) -> Any:
+        merge_options.apply_global_options()
+        return merge_options
+
+    name = click.get_current_context().command_path
+    return parse.main(list(arguments), prog_name=name, standalone_mode=False)

@@ -1,0 +1,240 @@
+"""A trial's model: a weighted sum of what each task contributes, or a whole merge.
+
+Contributions are computed once, by whoever comes first, and every trial reads them. They are
+trusted only if their digests are those that were written down when they were complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from mergekit_pcb.core.dare import GENERATOR
+from mergekit_pcb.core.matrices import Layout
+from mergekit_pcb.core.refine import Spectrum, apply
+from mergekit_pcb.core.vectors import promoted, working_dtype
+from mergekit_pcb.errors import PCBError, one_line
+from mergekit_pcb.files import write_text
+from mergekit_pcb.host import planning
+from mergekit_pcb.host.groups import explained
+from mergekit_pcb.host.inputs import Inputs
+from mergekit_pcb.host.method import Prepared
+from mergekit_pcb.host.plan import PlanOptions
+from mergekit_pcb.host.statistics_file import digest
+from mergekit_pcb.tools.check_text import dtype_of
+from mergekit_pcb.tools.search_job import Job, configured
+from mergekit_pcb.tools.search_space import Shared
+from mergekit_pcb.tools.search_study import CONTRIBUTIONS, FORMAT, MERGED
+
+
+@contextlib.contextmanager
+def written(place: pathlib.Path) -> Iterator[None]:
+    """Turn a disk that is full, or refuses, into a sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # the Hub's client, of a model that it cannot find
+        raise PCBError(
+            f"write to {place}",
+            one_line(error),
+            "make room there and continue the search by the same command",
+        ) from None
+
+
+class Merges:
+    """Makes trials' models; one that cannot be written whole is removed."""
+
+    def __init__(self, job: Job, options: Any) -> None:
+        self._job = job
+        self._options = options.model_copy(update={"quiet": True, "write_model_card": False})
+        self._skeleton, self._parts = job.folder / MERGED, job.folder / CONTRIBUTIONS
+        self._merging = threading.Lock()  # mergekit's commands merge one model at a time
+        self._told = False  # what a trial takes
+
+    def prepare(self) -> None:
+        """Compute what each task contributes, unless another worker has; it is waited for."""
+        if not self._job.linear:
+            self._refuse_without_room(measured=True)
+            return
+        lock = FileLock(self._job.folder / "measuring")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tqdm.write("another process computes the contributions; waiting for it")
+            lock.acquire()
+        try:
+            whole = self._stored_whole()
+            self._refuse_without_room(measured=whole)
+            if not whole:
+                with written(self._job.folder):
+                    try:
+                        self._measure()
+                    except BaseException:
+                        self.clean()
+                        raise
+        finally:
+            lock.release()
+
+    def trial(self, weights: Sequence[float], shared: Shared, folder: pathlib.Path) -> pathlib.Path:
+        """Write the model of these values into a folder of its own."""
+        with written(self._job.folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(exist_ok=True)
+            try:
+                if self._job.linear:
+                    scale = shared.get("lambda")
+                    self._sum(weights, None if scale is None else float(scale), folder)
+                else:
+                    changed = configured(self._job.configuration, weights, shared)
+                    with self._merging:
+                        self._merge(changed, folder, self._options)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        return folder
+
+    def clean(self) -> None:
+        """Remove the large files; the trials' scores stay."""
+        for folder in (self._parts, self._skeleton):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _refuse_without_room(self, *, measured: bool) -> None:
+        """Say what the search takes on disk, and refuse where there is less."""
+        text = yaml.safe_dump(self._job.configuration, sort_keys=False)
+        plan = planning.plan_without_merging(text, self._options)
+        parts = model = 0
+        asked = dtype_of(self._job.configuration.get("out_dtype"))
+        for _, tensors in Inputs(plan).shapes():
+            present = [tensor for tensor in tensors.values() if tensor is not None]
+            if not present:
+                continue
+            cast = plan.dtype or promoted(present)
+            count = max(tensor.numel() for tensor in present)
+            model += count * (asked or cast).itemsize
+            parts += count * len(present) * working_dtype(cast).itemsize
+        jobs, folder = self._job.jobs, self._job.folder
+        need = jobs * model + (0 if measured else parts + model)
+        free = shutil.disk_usage(folder).free
+        each = f"{jobs} models of {model / 1e9:.2f} GB at a time"
+        if not measured:
+            each = f"contributions of {(parts + model) / 1e9:.2f} GB, and {each}"
+        if need > free:
+            raise PCBError(
+                f"search in {folder}",
+                f"it takes {each}, and {free / 1e9:.2f} GB are free there",
+                "make room, name another folder with --work, or lower --jobs",
+            )
+        tqdm.write(f"on disk: {each}")
+
+    def _merge(self, configuration: dict[str, Any], out: pathlib.Path, options: Any) -> None:
+        planning.run(yaml.safe_dump(configuration, sort_keys=False), out, options)
+
+    def _measure(self) -> None:
+        """Merge once, keeping what each task contributes."""
+        from safetensors.torch import save_file
+
+        self.clean()
+        self._parts.mkdir()
+        index: dict[str, Any] = {}
+
+        def keep(tensor: Prepared) -> None:
+            aligned, statistics = tensor.aligned, tensor.statistics
+            parts, step = tensor.contributions()
+            named = zip(tensor.positions, parts, strict=True)
+            state = {f"task {position}": part.cpu() for position, part in named}
+            state["base"] = aligned.base.to(statistics.dtype).cpu()
+            file = f"{len(index):06d}.safetensors"
+            own = zip(map(str, tensor.positions), tensor.weights, strict=True)
+            index[aligned.name] = {
+                "file": file,
+                "weights": dict(own),
+                "lambda": tensor.scale,
+                "spectrum": None if step is None else dataclasses.asdict(step),
+            }
+            save_file(state, self._parts / file)
+
+        observed = PlanOptions.of(self._options, observe=keep)
+        self._merge(self._job.configuration, self._skeleton, observed)
+        stored = {
+            "format": FORMAT,
+            "generator": GENERATOR,
+            "tensors": index,
+            "digests": self._digests(),
+        }
+        write_text(self._parts / "index.json", json.dumps(stored))
+
+    def _digests(self) -> dict[str, str]:
+        """Of everything a trial is made from, by its path in the job's folder."""
+        files = [*self._parts.iterdir(), *self._skeleton.iterdir()]
+        return {
+            str(file.relative_to(self._job.folder)): digest(file)
+            for file in sorted(files)
+            if file.name != "index.json"
+        }
+
+    def _stored_whole(self) -> bool:
+        """Whether an earlier run left contributions that can be used as they are."""
+        try:
+            stored = json.loads((self._parts / "index.json").read_text(encoding="utf-8"))
+            told = stored["format"], stored["generator"], stored["digests"]
+            return told == (FORMAT, GENERATOR, self._digests()) and bool(stored["tensors"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
+    def _sum(self, weights: Sequence[float], scale: float | None, folder: pathlib.Path) -> None:
+        """Write the sum for these values; for those that are not searched, as they were merged."""
+        from safetensors.torch import load_file, save_file
+
+        began, evened = time.monotonic(), 0
+        stored = json.loads((self._parts / "index.json").read_text())
+        index = stored["tensors"]
+        folder.mkdir()
+        for file in self._skeleton.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, folder)
+                continue
+            state: dict[str, torch.Tensor] = {}
+            with safe_open(file, "pt") as handle:
+                metadata = handle.metadata()
+                for name in handle.keys():  # noqa: SIM118 - no mapping
+                    state[name] = handle.get_tensor(name)
+            for name in index.keys() & state.keys():
+                merged = index[name]
+                parts = load_file(self._parts / merged["file"])
+                value = parts.pop("base")
+                factor = merged["lambda"] if scale is None else scale
+                summed = torch.zeros_like(value)
+                for position, weight in merged["weights"].items():
+                    chosen = weights[int(position)] if weights else weight
+                    summed.add_(parts[f"task {position}"], alpha=chosen)
+                if merged["spectrum"] is not None:
+                    step = _spectrum(merged["spectrum"])
+                    with explained(None, "the base", []):
+                        summed, evened = apply(step, summed, name), evened + step.layout.count
+                value.add_(summed, alpha=factor)
+                state[name] = value.to(state[name].dtype).view(state[name].shape)
+            save_file(state, folder / file.name, metadata=metadata)
+        if evened and not self._told:
+            self._told = True
+            tqdm.write(
+                f"each trial is a weighted sum of files and evens the singular values of {evened} "
+                f"matrices: {time.monotonic() - began:.1f} s before it is scored"
+            )
+
+
+def _spectrum(stored: dict[str, Any]) -> Spectrum:
+    return Spectrum(Layout(**stored["layout"]), tuple(stored["exponents"]))

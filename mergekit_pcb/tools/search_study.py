@@ -1,0 +1,271 @@
+"""Who tries what, and what came of it: Optuna's study, shared by threads, processes and machines.
+
+Every step that reads and writes is taken alone, under a lock in the search's folder. A process
+holds a lock of its own as long as it lives, and the system lets go of it when the process dies.
+So a running trial whose process is gone is known at once, and taken over as it stands: the same
+number, the same values. That is why a search that was killed repeats what it would have tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mergekit_pcb.core.dare import GENERATOR
+from mergekit_pcb.errors import PCBError, one_line
+from mergekit_pcb.tools.search_job import Job
+from mergekit_pcb.tools.search_scores import kill_remembered
+from mergekit_pcb.tools.search_space import (
+    Shared,
+    Space,
+    Trial,
+    require_optuna,
+    sampler,
+    suggested,
+    without_remarks,
+)
+
+FORMAT = "mergekit-pcb search, version 4"
+JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS = (
+    "study.journal", "contributions", "merged", "trials", "workers"
+)  # fmt: skip
+_OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, "lock", "measuring", "references"}
+
+
+#: Of a trial that somebody ended by Optuna's own commands.
+_ELSEWHERE = {"error": "it was ended by another program", "seconds": 0.0}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that one worker tries: what, and the folder for its model."""
+
+    trial: Any
+    weights: list[float]
+    shared: Shared
+    folder: pathlib.Path
+
+
+class Study:
+    """The trials of a job; :meth:`close` it in the end."""
+
+    def __init__(self, job: Job, space: Space, scores: list[str]) -> None:
+        self._optuna = require_optuna()
+        self._job, self._space = job, space
+        self._states = self._optuna.trial.TrialState
+        self._lock = FileLock(job.folder / "lock")
+        self._name = uuid.uuid4().hex
+        _refuse_other_folders(job.folder)
+        (job.folder / WORKERS).mkdir(parents=True, exist_ok=True)
+        self._here = FileLock(self._lock_of(self._name))
+        self._here.acquire()
+        with self.alone():
+            self._study = self._opened(scores)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other worker of this search waiting."""
+        with self._lock:
+            yield
+
+    def claim(self) -> Claim | None:
+        """The next trial: one whose process died, or a new one; none when all are tried."""
+        with self.alone():
+            trials = self._trials()
+            running = [t for t in trials if t.state is self._states.RUNNING]
+            alive = [t for t in running if self._alive(t)]
+            self._remove_leftovers({t.number for t in alive})
+            left = [t for t in running if t not in alive]
+            if left:
+                trial = self._optuna.trial.Trial(self._study, left[0]._trial_id)
+            elif len(self.ended(trials)) + len(running) >= self._job.budget:
+                return None
+            else:
+                trial = self._study.ask()
+            trial.set_user_attr("worker", self._name)
+            weights, shared = suggested(trial, self._space)
+            return Claim(trial, weights, shared, self._folder(trial.number))
+
+    def tell(
+        self, claim: Claim, scores: list[float] | None, error: str | None, seconds: float
+    ) -> None:
+        """Write down what came of a trial."""
+        with self.alone():
+            claim.trial.set_user_attr("outcome", {"error": error, "seconds": round(seconds, 3)})
+            state = self._states.FAIL if scores is None else None
+            with contextlib.suppress(ValueError):  # another worker took it over, and was faster
+                self._study.tell(claim.trial, scores, state=state)
+
+    def ended(self, trials: list[Any] | None = None) -> list[Trial]:
+        """The trials that are over, by their number."""
+        trials = self._trials() if trials is None else trials
+        return [
+            Trial(
+                trial=trial.number + 1,
+                weights=weights,
+                shared=shared,
+                scores=list(trial.values) if trial.state is self._states.COMPLETE else None,
+                **trial.user_attrs.get("outcome", _ELSEWHERE),
+            )
+            for trial in trials
+            if trial.state.is_finished()
+            for weights, shared in [self._space.split(trial.params)]
+        ]
+
+    def best_trials(self) -> list[int]:
+        """Numbers of the trials that no other one beats in every score."""
+        return sorted(trial.number + 1 for trial in self._study.best_trials)
+
+    @property
+    def optuna_study(self) -> Any:
+        return self._study
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to try, and nobody tries anything."""
+        trials = self._trials()
+        finished = [trial for trial in trials if trial.state.is_finished()]
+        running = [trial for trial in trials if trial.state is self._states.RUNNING]
+        return len(finished) >= self._job.budget and not any(map(self._alive, running))
+
+    def close(self) -> None:
+        with self.alone():
+            trials = [t for t in self._trials() if t.state is self._states.RUNNING]
+            self._remove_leftovers(
+                {t.number for t in trials if self._alive(t) and not self._is_mine(t)}
+            )
+            self._here.release()
+            self._lock_of(self._name).unlink(missing_ok=True)
+
+    def _opened(self, scores: list[str]) -> Any:
+        """The study of this job, begun if there is none; another job's is refused."""
+        lower = self._job.minimized
+        told = {"format": FORMAT, "generator": GENERATOR, "digest": self._job.digest()}
+        try:
+            with without_remarks():
+                study = self._optuna.create_study(
+                    study_name=self._job.folder.resolve().name,
+                    storage=self._storage(),
+                    sampler=sampler(self._space, self._job.seed, len(lower)),
+                    directions=["minimize" if low else "maximize" for low in lower],
+                    load_if_exists=True,
+                )
+                begun = study.get_trials(deepcopy=False)
+                if not study.user_attrs and all(t.state is self._states.WAITING for t in begun):
+                    if not begun:
+                        study.enqueue_trial(self._space.start())
+                    study.set_metric_names(scores)
+                    study.set_user_attr("mergekit-pcb", told)
+        except (PCBError, OSError):
+            raise
+        except Exception as error:  # whatever a database's driver raises
+            raise PCBError(
+                f"open the study in {_without_password(self._job)}",
+                one_line(error),
+                "check the storage, or leave --storage out",
+            ) from None
+        if study.user_attrs.get("mergekit-pcb") != told:
+            raise PCBError(
+                f"go on with the search in {self._job.folder}",
+                "it was begun with other models, another configuration, command, options or "
+                "version",
+                "use the same, or name another folder with --work",
+            )
+        return study
+
+    def _storage(self) -> Any:
+        if self._job.storage is not None:
+            return self._optuna.storages.get_storage(self._job.storage)
+        journal = self._optuna.storages.journal
+        file = self._job.folder / JOURNAL
+
+        class Lock:
+            """One that no killed process leaves behind; who gets it mends a half-written line."""
+
+            def __init__(self) -> None:
+                self._lock = FileLock(f"{file}.lock")
+
+            def acquire(self) -> bool:
+                self._lock.acquire()
+                with file.open("rb+") as log:
+                    if log.seek(0, os.SEEK_END):
+                        log.seek(-1, os.SEEK_END)
+                        if log.read() != b"\n":
+                            log.seek(0)
+                            log.truncate(log.read().rfind(b"\n") + 1)
+                return True
+
+            def release(self) -> None:
+                self._lock.release()
+
+        backend = journal.JournalFileBackend(str(file), lock_obj=Lock())
+        return self._optuna.storages.JournalStorage(backend)
+
+    def _trials(self) -> list[Any]:
+        return list(self._study.get_trials(deepcopy=False))
+
+    def _folder(self, number: int) -> pathlib.Path:
+        return self._job.folder / TRIALS / f"{number + 1:04d}"
+
+    def _lock_of(self, worker: str) -> pathlib.Path:
+        return self._job.folder / WORKERS / worker
+
+    def _is_mine(self, trial: Any) -> bool:
+        return bool(trial.user_attrs.get("worker") == self._name)
+
+    def _alive(self, trial: Any) -> bool:
+        """Whether the process that runs a trial still does."""
+        if self._is_mine(trial):
+            return True
+        file = self._lock_of(str(trial.user_attrs.get("worker")))
+        if not file.exists():
+            return False
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        file.unlink(missing_ok=True)
+        return False
+
+    def _remove_leftovers(self, alive: set[int]) -> None:
+        """Of trials that nobody tries any more: their models, and the commands that score them."""
+        kept = {self._folder(number).name for number in alive}
+        with contextlib.suppress(FileNotFoundError):
+            for path in (self._job.folder / TRIALS).iterdir():
+                if path.stem not in kept:
+                    kill_remembered(path)
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_other_folders(folder: pathlib.Path) -> None:
+    """A search removes what it left, so that its folder must hold nothing of anybody else's."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "trials.jsonl" in names:
+        raise PCBError(
+            f"go on with the search in {folder}",
+            "a version before 0.2 began it, whose log Optuna cannot read",
+            "name another folder with --work, or remove that one",
+        )
+    other = sorted(name for name in names if name.removesuffix(".lock") not in _OWN)
+    if other or (folder.exists() and not folder.is_dir()):
+        raise PCBError(
+            f"search in {folder}",
+            f"it holds {other[0]}, which is no search's" if other else "it is no folder",
+            "name another folder with --work",
+        )
+
+
+def _without_password(job: Job) -> str:
+    if job.storage is None:
+        return str(job.folder)
+    scheme, found, rest = job.storage.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if found else job.storage

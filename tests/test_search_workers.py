@@ -1,0 +1,411 @@
+"""Searches by several workers: threads, processes, faults, storages, and scores from files."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+import torch
+import yaml
+from checkpoints import configuration, log_of, run, save_family, study_of, tiny_llama
+from click.testing import CliRunner
+from test_bad_input import THREE_BEATS
+
+from mergekit_pcb import PCBError, search_weights
+from mergekit_pcb.tools import cli
+from mergekit_pcb.tools.search_scores import EvaluationError, Score
+
+SCRIPT = pathlib.Path(sys.executable).with_name("mergekit-pcb")
+# Scores a checkpoint by the first byte of its digest; writes what it saw.
+COMMAND = "echo {model} $CUDA_VISIBLE_DEVICES >> seen; sha256sum {model}/model.safetensors"
+COMMAND += " | tr -d a-f | cut -c1-7"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("made")
+    paths = save_family(place / "models", tiny_llama(layers=1), tasks=2)
+    config = configuration(paths, parameters={"density": 0.3}, dtype="float32")
+    (place / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return place
+
+
+@pytest.fixture
+def place(tmp_path, made, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yml").write_text((made / "config.yml").read_text())
+    return tmp_path
+
+
+def arguments(*more, command=COMMAND, budget=6):
+    return ["search", "config.yml", "--evaluate", command, "--budget", str(budget), *more]
+
+
+def invoked(*words):
+    result = CliRunner().invoke(cli.main, [*map(str, words), "-o", "best.yml"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def refused(*words):
+    result = invoked(*words)
+    assert result.exit_code == 1, result.output
+    return " ".join(THREE_BEATS.search(result.output).group().split())
+
+
+def test_several_at_a_time_share_contributions_and_cards(place, monkeypatch):
+    """Two commands run at once, or they would wait for one another in vain."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    meet = "echo x >> met; for i in $(seq 600); do "
+    meet += "test $(wc -l < met) -gt 1 && break; sleep 0.1; done; test $(wc -l < met) -gt 1 && "
+    words = arguments("--jobs", 2, "--gpus", "1,3", command=meet + COMMAND)
+    result = invoked(*words)
+    assert result.exit_code == 0, result.output
+    assert "2 models of" in result.output
+    trials = log_of(place / "best.search")
+    assert [trial["trial"] for trial in trials] == list(range(1, 7))
+    assert all(trial["error"] is None for trial in trials), trials
+    seen = [line.split() for line in (place / "seen").read_text().splitlines()]
+    assert len({folder for folder, _ in seen}) == 6, "every trial has a folder of its own"
+    assert {card for _, card in seen} == {"5", "7"}
+    assert not list((place / "best.search" / "trials").glob("*"))
+    assert not (place / "best.search" / "contributions").exists()
+
+
+def started(*words):
+    return subprocess.Popen(
+        [str(SCRIPT), *map(str, words), "-o", "best.yml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///trials.db"])
+def test_processes_join_one_study(place, storage):
+    """Both try trials at the same time: each waits, in its first, for the other's."""
+    meet = "echo $PPID >> met; for i in $(seq 600); do "
+    meet += "test $(sort -u met | wc -l) -gt 1 && break; sleep 0.1; done; "
+    meet += "test $(sort -u met | wc -l) -gt 1 && "
+    words = arguments(*(["--storage", storage] if storage else []), command=meet + COMMAND)
+    both = [started(*words), started(*words)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    folder = place / "best.search"
+    if storage:
+        study = optuna.load_study(study_name="best.search", storage=storage)
+        assert len(study.trials) == 6
+        assert not (folder / "study.journal").exists()
+    else:
+        assert len(log_of(folder)) == 6
+    seen = (place / "seen").read_text().split()
+    assert len(seen) == len(set(seen)) == 6
+    assert sum("contributions of" in text for text in said) >= 1
+    assert not (folder / "contributions").exists()
+
+
+def killed_often(times, budget):
+    """Two workers, one of which dies at random; what is left in the end."""
+    draw = random.Random(0)
+    words = arguments(command=COMMAND.replace("echo", "sleep 0.2; echo"), budget=budget)
+    workers = [started(*words), started(*words)]
+    for _ in range(times):
+        time.sleep(draw.uniform(0.5, 6))
+        victim = draw.randrange(2)
+        os.killpg(workers[victim].pid, signal.SIGKILL)
+        workers[victim].communicate()
+        workers[victim] = started(*words)
+    said = [worker.communicate(timeout=600)[0] for worker in workers]
+    last = run("mergekit-pcb", *words, "-o", "best.yml")
+    return said, last.stdout
+
+
+@pytest.mark.parametrize(
+    ("times", "budget"), [(2, 12), pytest.param(10, 40, marks=pytest.mark.slow)]
+)
+def test_whatever_is_killed_the_budget_is_scored(place, times, budget):
+    said, last = killed_often(times, budget)
+    trials = log_of(place / "best.search")
+    assert [trial["trial"] for trial in trials] == list(range(1, budget + 1)), said
+    assert all(trial["score"] is not None for trial in trials), trials
+    assert "score" in last
+    folder = place / "best.search"
+    assert not list((folder / "trials").glob("*"))
+    assert not list((folder / "workers").glob("*"))
+    assert not (folder / "contributions").exists()
+    best = max(trials, key=lambda trial: trial["score"])
+    document = yaml.safe_load((place / "best.yml").read_text())
+    assert [m["parameters"]["weight"] for m in document["models"]] == best["weights"]
+
+
+def test_a_command_that_outlives_its_search_is_killed(place):
+    words = arguments(command="echo $$ > pid; sleep 300; echo {model} 1", budget=1)
+    search = started(*words)
+    deadline = time.monotonic() + 120
+    while not (place / "pid").exists() or not (place / "pid").read_text().strip():
+        assert search.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(search.pid, signal.SIGKILL)
+    search.communicate()
+    pid = int((place / "pid").read_text())
+    os.kill(pid, 0)  # it lives
+    refused(*arguments("--timeout", 0.2, command=words[3], budget=1))
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the command still runs")
+
+
+def test_asked_to_end_it_ends_its_commands(place):
+    search = started(*arguments(command="echo $$ > pid; sleep 300; echo {model} 1", budget=1))
+    deadline = time.monotonic() + 120
+    while not (place / "pid").exists() or not (place / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    search.terminate()
+    said = search.communicate(timeout=60)[0]
+    assert search.returncode == 128 + signal.SIGTERM, said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((place / "pid").read_text()), 0)
+    assert not list((place / "best.search" / "trials").glob("*"))
+
+
+def test_a_hanging_child_dies_with_its_command(place):
+    command = "bash -c '(echo $BASHPID > child; sleep 300) & sleep 300; echo {model} 1'"
+    assert "took longer than 2 s" in refused(*arguments("--timeout", 2, command=command, budget=1))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((place / "child").read_text()), 0)
+
+
+def test_what_a_command_leaves_in_background_keeps_nobody_waiting(place):
+    began = time.monotonic()
+    result = invoked(*arguments(command="sleep 20 & echo {model} 1", budget=2))
+    assert result.exit_code == 0, result.output
+    assert time.monotonic() - began < 20
+    assert len(log_of(place / "best.search")) == 2
+
+
+# --- Scores from files ------------------------------------------------------------------------
+
+RESULTS = {
+    "results": {
+        "arc_easy": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1},
+        "a.b": {"acc,none": 0.9},
+    },
+    "n": [1, 2],
+    "done": True,
+}
+
+
+def test_values_of_a_results_file(tmp_path):
+    def read(key, file="{model}/out/*/results*.json"):
+        return Score.parse(f"x={file}:{key}").read(tmp_path, time.time())
+
+    folder = tmp_path / "out" / "some__model"
+    folder.mkdir(parents=True)
+    with pytest.raises(EvaluationError, match="did not write"):
+        read("n")
+    (folder / "results_2.json").write_text(json.dumps(RESULTS))
+    assert read("results.arc_easy.acc,none") == 0.5
+    assert read("results.*.acc,none") == pytest.approx(0.7)
+    assert read("n.*") == 1.5
+    with pytest.raises(
+        EvaluationError, match=r"no number done; those it holds: n\.0, n\.1, results"
+    ):
+        read("done")
+    old = folder / "results_9.json"
+    old.write_text("{}")
+    os.utime(old, (1, 1))
+    assert read("n.0") == 1
+    os.utime(folder / "results_2.json", (1, 1))
+    with pytest.raises(EvaluationError, match="anew"):
+        read("n.0")
+    (folder / "results_3.json").write_text("{")
+    with pytest.raises(EvaluationError, match="is no JSON"):
+        read("n.0")
+
+
+@pytest.mark.parametrize("text", ["", "x", "x=y", "=f:k", "x=:k", "x=f:"])
+def test_scores_that_cannot_be_read(text):
+    with pytest.raises(PCBError, match="it is not NAME=FILE:KEY"):
+        Score.parse(text)
+
+
+TWO = """
+import json, pathlib, sys
+import numpy as np
+from safetensors.numpy import load_file
+folder = pathlib.Path(sys.argv[1])
+state = load_file(folder / "model.safetensors")
+name = "model.layers.0.mlp.up_proj.weight"
+def far(i):
+    other = load_file(pathlib.Path(sys.argv[2]) / f"expert{i}" / "model.safetensors")
+    return float(np.abs(state[name] - other[name]).sum())
+(folder / "r.json").write_text(json.dumps({"far": {"0": far(0), "1": far(1)}}))
+"""
+
+
+def test_several_scores_make_a_front(place, made):
+    (place / "two.py").write_text(TWO)
+    models = made / "models"
+    before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
+    scores = [w for i in (0, 1) for w in ("--lower", f"far {i}={{model}}/r.json:far.{i}")]
+    command = f"{sys.executable} two.py {{model}} {models}"
+    result = invoked(*arguments(*scores, command=command, budget=14))
+    assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
+    study = study_of(place / "best.search")
+    values = [trial.values for trial in study.trials]
+    assert len({tuple(v) for v in values}) > 10, "random starts differ"
+    beaten = {
+        i
+        for i, (a, b) in enumerate(values)
+        if any(c <= a and d <= b and (c, d) != (a, b) for c, d in values)
+    }
+    front = place / "best.front"
+    names = {f"trial-{i + 1:04d}.yml" for i in range(14) if i not in beaten}
+    assert {path.name for path in front.iterdir()} == names | {"front.md", "front.png"}
+    assert (front / "front.png").read_bytes().startswith(b"\x89PNG")
+    table = (front / "front.md").read_text()
+    for model in ("base", "expert0", "expert1"):
+        assert f"| {model} |" in table
+    (row,) = [line.split("|") for line in table.splitlines() if "expert0" in line]
+    assert float(row[2]) == 0, "an expert is not far from itself"
+    assert table in result.output
+    assert not (place / "best.yml").exists()
+    for name in names:
+        document = yaml.safe_load((front / name).read_text())
+        trial = study.trials[int(name[6:10]) - 1]
+        for i, model in enumerate(document["models"], 1):
+            assert model["parameters"]["weight"] == round(trial.params[f"weight {i}"], 4)
+
+
+def test_what_needs_a_merge_of_its_own_is_searched(place):
+    words = ["--search", "refine", "--search", "anchor", "--search", "lambda"]
+    result = invoked(*arguments(*words))
+    assert result.exit_code == 0, result.output
+    trials = log_of(place / "best.search")
+    assert trials[0]["shared"] == {"refine": "none", "anchor": 0.1, "lambda": 1.0}
+    assert {trial["shared"]["refine"] for trial in trials} == {"none", "solve"}
+    best = max(trials, key=lambda trial: trial["score"])
+    document = yaml.safe_load((place / "best.yml").read_text())
+    assert document["parameters"] == {"density": 0.3, **best["shared"]}
+    assert (place / "best.png").read_bytes().startswith(b"\x89PNG")
+    again = invoked(*arguments(*words, "--work", "again"))
+    assert again.exit_code == 0
+    assert log_of(place / "again") == trials
+
+
+# --- Mistakes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--gpus", "0"], "cannot use --gpus 0; because there is no 0: torch sees 0 here"),
+        (["--search", "anchor"], "cannot search anchor; because it holds `refine: solve`"),
+        (["--score", "a=r.json"], "it is not NAME=FILE:KEY"),
+        (["--score", "a={model}/r:k", "--lower", "a={model}/r:l"], "two scores have one name"),
+        (["--score", "a={model}/r:k", "--minimize"], "each has a direction of its own"),
+        (["--score", "a=r:k", "--jobs", "2"], "all would write the score a to r"),
+        (["--storage", "postgresql://me:secret@nowhere/db"], "cannot open the study in"),
+        (["--storage", "nonsense"], "cannot open the study in nonsense"),
+    ],
+)
+def test_mistakes_are_told_before_work_starts(place, monkeypatch, words, complaint):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    said = refused(*arguments(*words))
+    assert complaint in said
+    assert "secret" not in said
+    assert not (place / "seen").exists()
+    assert not (place / "best.search" / "contributions").exists()
+
+
+@pytest.mark.parametrize("text", ["0,,1", "x", "-1"])
+def test_cards_are_numbers(place, text):  # noqa: ARG001
+    result = invoked(*arguments("--gpus", text))
+    assert result.exit_code == 2
+    assert "--gpus" in result.output
+
+
+def test_folders_of_others_are_left_alone(place):
+    folder = place / "best.search"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("")
+    assert "it holds thesis.tex, which is no search's" in refused(*arguments())
+    (folder / "thesis.tex").rename(folder / "trials.jsonl")
+    assert "a version before 0.2 began it" in refused(*arguments())
+    assert {path.name for path in folder.iterdir()} == {"trials.jsonl"}
+
+
+def test_a_search_that_cannot_fit_is_refused_before_it_measures(place, monkeypatch):
+    from mergekit_pcb.tools import search_merges
+
+    usage = search_merges.shutil.disk_usage(place)._replace(free=10_000)
+    monkeypatch.setattr(search_merges.shutil, "disk_usage", lambda _: usage)
+    assert "0.00 GB are free there; make room" in refused(*arguments())
+    assert not (place / "best.search" / "contributions").exists()
+
+
+def test_without_matplotlib_a_search_says_so_and_ends_well(place, monkeypatch):  # noqa: ARG001
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoked(*arguments(budget=2))
+    assert result.exit_code == 0, result.output
+    assert not pathlib.Path("best.png").exists()
+
+
+# --- In memory --------------------------------------------------------------------------------
+
+
+def test_a_study_of_ones_own_brings_its_sampler_and_pruner():
+    torch.manual_seed(0)
+    base = {"w": torch.randn(9, 5)}
+    experts = [{"w": base["w"] + 0.1 * torch.randn(9, 5)} for _ in range(2)]
+    study = optuna.create_study(
+        direction="minimize",
+        sampler=optuna.samplers.RandomSampler(seed=3),
+        pruner=optuna.pruners.ThresholdPruner(upper=1.0),
+    )
+    seen = []
+
+    def score(state, trial):
+        seen.append(trial.number)
+        far = float((state["w"] - experts[0]["w"]).norm())
+        trial.report(2.0 if trial.number % 2 else 0.5, step=0)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return far
+
+    found = search_weights(score, base, experts, budget=6, study=study, density=0.5)
+    assert seen == list(range(6))
+    assert [trial.error for trial in found.trials] == [None, "pruned"] * 3
+    assert found.minimize
+    assert found.best.score == study.best_value
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED"] * 3
+
+
+def test_a_trial_whose_worker_is_gone_is_taken_over(place):
+    """With the values that it had got so far."""
+    job_folder = place / "best.search"
+    assert invoked(*arguments(budget=2)).exit_code == 0
+    study = study_of(job_folder)
+    lost = study.ask()
+    lost.suggest_float("weight 1", 0.5, 3.0)
+    lost.set_user_attr("worker", "gone")
+    assert invoked(*arguments(budget=4)).exit_code == 0
+    trials = log_of(job_folder)
+    assert [trial["trial"] for trial in trials] == [1, 2, 3, 4]
+    assert trials[2]["weights"][0] == round(lost.params["weight 1"], 4)
