@@ -32,8 +32,10 @@ from mergekit_pcb.tools.search_job import Job, configured, space_of
 from mergekit_pcb.tools.search_merges import Merges, written
 from mergekit_pcb.tools.search_scores import Scorer
 from mergekit_pcb.tools.search_space import EvaluationError, Found, Trial, require_optuna
-from mergekit_pcb.tools.search_study import TRIALS, Study
+from mergekit_pcb.tools.search_study import TRIALS, Claim, Study
 
+#: Seconds between attempts to write down what a trial scored.
+PAUSES = (1, 4, 15)
 #: The name of the models' own scores in the study.
 REFERENCES = "scores of the base and the experts"
 
@@ -56,7 +58,9 @@ def run(job: Job, options: Any) -> Searched:
     space.axes()
     scorer = Scorer(job.command, job.scores, job.timeout)
     cards = _cards(job)
-    with written(job.folder), contextlib.closing(Study(job, space, scorer.names)) as study:
+    with written(job.folder):
+        study = Study(job, space, scorer.names)
+    with contextlib.closing(study):
         merges = Merges(job, options)
         with _until_stopped(scorer):
             if len(study.ended()) < job.budget:
@@ -64,7 +68,8 @@ def run(job: Job, options: Any) -> Searched:
                 if len(scorer.names) > 1:
                     _score_references(job, study, scorer)
                 _Workers(job, options, study, merges, scorer).run(cards)
-        searched = _told(job, study, scorer.names)
+        with written(job.output.parent):
+            searched = _told(job, study, scorer.names)
         with study.alone():
             if study.is_over():
                 merges.clean()
@@ -118,14 +123,29 @@ class _Workers:
             if self._stop.is_set() and scores is None:
                 return  # it was stopped, and is tried again
             with written(self._job.folder):
-                self._study.tell(claim, scores, error, time.monotonic() - began)
-                with self._study.alone():
-                    best = write_best(self._job, self._study)
+                self._tell(claim, scores, error, time.monotonic() - began)
+            with written(self._job.output.parent), self._study.alone():
+                best = write_best(self._job, self._study)
             with self._shown:
                 if error is not None:
                     self._bar.write(f"trial {claim.trial.number + 1} failed: {error}")
                 self._bar.set_postfix_str(best)
                 self._bar.update()
+
+    def _tell(
+        self, claim: Claim, scores: list[float] | None, error: str | None, seconds: float
+    ) -> None:
+        """Write a trial's scores down, in several attempts: they may have taken hours."""
+        for pause in PAUSES:
+            with contextlib.suppress(PCBError):
+                return self._study.tell(claim, scores, error, seconds)
+            self._stop.wait(pause)
+        try:
+            return self._study.tell(claim, scores, error, seconds)
+        except PCBError as failure:
+            number, (_, because, remedy) = claim.trial.number + 1, failure.beats
+            what = f"write down that trial {number} scored {scores}"
+            raise PCBError(what, because, remedy) from None
 
 
 def write_best(job: Job, study: Study) -> str:

@@ -9,6 +9,7 @@ number, the same values. That is why a search that was killed repeats what it wo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pathlib
 import shutil
@@ -61,6 +62,11 @@ class Study:
         self._optuna = require_optuna()
         self._job, self._space = job, space
         self._states = self._optuna.trial.TrialState
+        #: What Optuna and the databases' layer raise of a storage that is locked or gone.
+        self._unreachable = (
+            self._optuna.exceptions.OptunaError,
+            importlib.import_module("sqlalchemy.exc").SQLAlchemyError,
+        )
         self._lock = FileLock(job.folder / "lock")
         self._name = uuid.uuid4().hex
         _refuse_other_folders(job.folder)
@@ -74,7 +80,14 @@ class Study:
     def alone(self) -> Iterator[None]:
         """Keep every other worker of this search waiting."""
         with self._lock:
-            yield
+            try:
+                yield
+            except self._unreachable as error:
+                raise PCBError(
+                    f"reach the study in {_without_password(self._job)}",
+                    one_line(error),
+                    "continue the search by the same command when it can be reached",
+                ) from None
 
     def claim(self) -> Claim | None:
         """The next trial: one whose process died, or a new one; none when all are tried."""
