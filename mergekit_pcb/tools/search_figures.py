@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Fewer scored trials say nothing of what matters.
 FEWEST = 8
+#: Colours of models, apart from those of trials and the front.
+_APART = (7, 1, 2, 3, 5, 6)
 #: Panels of one figure.
 MOST = 6
 
@@ -48,6 +50,7 @@ def history(study: Study, found: Found, file: pathlib.Path) -> bool:
         axis.plot(*marked[0], "x", color=COLOURS[5], markersize=8)
         told = "" if len(scored) < FEWEST else f" (importance {weight[name]:.2f})"
         axis.set_xlabel(f"{name}{told}", fontsize=9)
+    places[1].set_title("dark: early trials; ✕: the start", fontsize=8)
     for axis in places[1 + len(names) :]:
         axis.set_visible(False)
     _save(figure, file)
@@ -86,9 +89,9 @@ def front(
         tried = [trial.scores for trial in found.trials if trial.scores]
         axis.plot(*_columns(tried, i, j), "o", color=COLOURS[4], markersize=4, label="trial")
         line = sorted(trial.scores for trial in best if trial.scores)
-        axis.plot(*_columns(line, i, j), "o-", color=COLOURS[0], label="none beats")
+        axis.plot(*_columns(line, i, j), "o-", color=COLOURS[0], label="Pareto front")
         for number, (model, scores) in enumerate(others.items()):
-            colour = COLOURS[(number + 5) % len(COLOURS)]
+            colour = COLOURS[_APART[number % len(_APART)]]
             axis.plot(scores[i], scores[j], "s", color=colour, label=pathlib.Path(model).name)
         axis.set_xlabel(names[i], fontsize=9)
         axis.set_ylabel(names[j], fontsize=9)

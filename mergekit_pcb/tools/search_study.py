@@ -154,6 +154,8 @@ class Study:
             self._remove_leftovers(
                 {t.number for t in trials if self._alive(t) and not self._is_mine(t)}
             )
+            for file in (self._job.folder / WORKERS).iterdir():
+                self._lives(file.name)
             self._here.release()
             self._lock_of(self._name).unlink(missing_ok=True)
 
@@ -235,11 +237,13 @@ class Study:
 
     def _alive(self, trial: Any) -> bool:
         """Whether the process that runs a trial still does."""
-        if self._is_mine(trial):
-            return True
-        file = self._lock_of(str(trial.user_attrs.get("worker")))
-        if not file.exists():
-            return False
+        return self._lives(str(trial.user_attrs.get("worker")))
+
+    def _lives(self, worker: str) -> bool:
+        """Whether a worker holds its lock; that of a dead one is removed."""
+        file = self._lock_of(worker)
+        if worker == self._name or not file.exists():
+            return worker == self._name
         lock = FileLock(file)
         try:
             lock.acquire(timeout=0)
