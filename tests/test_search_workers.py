@@ -1,11 +1,13 @@
 """Searches by several workers: threads, processes, faults, storages, and scores from files."""
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -118,7 +120,7 @@ def test_processes_join_one_study(place, storage):
         assert len(log_of(folder)) == 6
     seen = (place / "seen").read_text().split()
     assert len(seen) == len(set(seen)) == 6
-    assert sum("contributions of" in text for text in said) >= 1
+    assert sum("contributions of" in text for text in said) == 1, "one computes, the other waits"
     assert not (folder / "contributions").exists()
 
 
@@ -409,7 +411,7 @@ def test_folders_of_others_are_left_alone(place):
     (folder / "thesis.tex").write_text("")
     assert "it holds thesis.tex, which is no search's" in refused(*arguments())
     (folder / "thesis.tex").rename(folder / "trials.jsonl")
-    assert "a version before 0.2 began it" in refused(*arguments())
+    assert "an earlier version began it" in refused(*arguments())
     assert {path.name for path in folder.iterdir()} == {"trials.jsonl"}
 
 
@@ -427,6 +429,42 @@ def test_without_matplotlib_a_search_says_so_and_ends_well(place, monkeypatch): 
     result = invoked(*arguments(budget=2))
     assert result.exit_code == 0, result.output
     assert not pathlib.Path("best.png").exists()
+
+
+def test_a_locked_database_is_told(place):
+    with contextlib.closing(sqlite3.connect(place / "trials.db", isolation_level=None)) as other:
+        other.execute("CREATE TABLE mine (x)")
+        other.execute("BEGIN EXCLUSIVE")
+        said = refused(*arguments("--storage", "sqlite:///trials.db"))
+    assert "cannot open the study in sqlite:///trials.db; because" in said
+    assert "locked" in said
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_score_waits_for_a_storage_that_is_away(place, monkeypatch, times):
+    from mergekit_pcb.tools import search_files, search_study
+
+    real, failures = search_study.Study.tell, []
+
+    def away(self, *told):
+        if told[0].trial.number == 1 and len(failures) < times:
+            failures.append(told)
+            raise PCBError("reach the study", "its disk is away", "continue later")
+        real(self, *told)
+
+    monkeypatch.setattr(search_study.Study, "tell", away)
+    monkeypatch.setattr(search_files, "PAUSES", (0, 0, 0))
+    words = arguments(command="echo {model} 7; echo x >> scored", budget=3)
+    if times == 2:
+        assert invoked(*words).exit_code == 0
+        assert (place / "scored").read_text().split() == ["x"] * 3
+    else:
+        said = refused(*words)
+        assert "cannot write down that trial 2 scored [7.0]; because its disk is away" in said
+        monkeypatch.undo()
+        monkeypatch.chdir(place)
+        assert invoked(*words).exit_code == 0
+    assert [trial["score"] for trial in log_of(place / "best.search")] == [7.0] * 3
 
 
 # --- In memory --------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def _refuse_other_folders(folder: pathlib.Path) -> None:
     if "trials.jsonl" in names:
         raise PCBError(
             f"go on with the search in {folder}",
-            "a version before 0.2 began it, whose log Optuna cannot read",
+            "an earlier version began it, whose log Optuna cannot read",
             "name another folder with --work, or remove that one",
         )
     other = sorted(name for name in names if name.removesuffix(".lock") not in _OWN)
