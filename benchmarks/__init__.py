@@ -1,4 +1,4 @@
 """Benchmarks: one command per table, run from the repository's root.
 
-The README quotes what they print.
+README and docs quote what they print.
 """

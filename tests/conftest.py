@@ -8,6 +8,8 @@ import pytest
 from mergekit_pcb.core import measure, ranks, vectors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+#: What is read: the README and every page of the documentation.
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @contextlib.contextmanager

@@ -498,7 +498,7 @@ def test_a_density_above_dare_density_is_remarked_on_in_memory(caplog):
 
 
 def test_a_density_above_dare_density_keeps_no_more():
-    """What the README says of it, up to where elements whose sign loses come in."""
+    """What the documentation says of it, up to where elements whose sign loses come in."""
     given = models(shape=(100, 100))
     merged = [in_memory(given, dare_density=0.1, density=d) for d in (0.12, 0.3, 0.9)]
     assert torch.equal(merged[0], merged[1])

@@ -82,8 +82,8 @@ def test_example(workplace, example, monkeypatch):
         assert (tensor != expected.bfloat16()).double().mean() < 2e-3, name
 
 
-def test_every_example_is_checked_here_or_in_the_readmes_table():
-    elsewhere = set(re.findall(r"`([\w-]+)\.yml`", (ROOT / "README.md").read_text()))
+def test_every_example_is_checked_here_or_in_the_table_of_families():
+    elsewhere = set(re.findall(r"`([\w-]+)\.yml`", (ROOT / "docs" / "models.md").read_text()))
     assert {example.stem for example in EXAMPLES} <= set(WEIGHTS) | elsewhere
 
 
@@ -96,7 +96,7 @@ def test_every_example_says_in_two_lines_when_to_use_it(example):
 
 
 def test_adamerging_gains_over_the_coefficients_it_starts_from():
-    """The example of one seed, with the README's command."""
+    """The example of one seed, with the documentation's command."""
     script = ROOT / "examples" / "python" / "adamerge.py"
     done = subprocess.run(
         [sys.executable, str(script), "1"], capture_output=True, text=True, check=False

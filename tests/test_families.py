@@ -1,4 +1,4 @@
-"""Every row of the README's table of families: its example, its command, its own library."""
+"""Every row of the documentation's table of families: its example, its command, its own library."""
 
 import json
 import pathlib
@@ -128,7 +128,7 @@ def test_what_mergekit_leaves_out_is_said(tmp_path, monkeypatch):
     result = run("mergekit-yaml", EXAMPLES / "classifiers.yml", "merged", "--no-copy-tokenizer")
     assert len(tensors("merged")) == 8
     assert result.stderr.count("leaves 32 tensors of ./models/base out of the result (vit.en") == 1
-    assert "see which command merges it in the README" in result.stderr
+    assert "see which command merges it in docs/models.md" in result.stderr
 
 
 def test_buffers_of_old_checkpoints_are_not_said(tmp_path, monkeypatch):
@@ -170,12 +170,12 @@ def test_every_family_is_tried():
 
 
 def readme_table():
-    """File and command of each row of the README's table of families."""
-    section = (ROOT / "README.md").read_text().split("\n## Which models, which command\n")[1]
+    """File and command of each row of the table of families."""
+    section = (ROOT / "docs" / "models.md").read_text()
     return re.findall(r"^\| .* \| (`.*`) \| `(.*)` \|$", section, re.MULTILINE)
 
 
-def test_every_row_of_the_readme_is_tried():
+def test_every_row_of_the_table_is_tried():
     rows = readme_table()
     files = {file for cell, _ in rows for file in re.findall(r"`([\w-]+)\.yml`", cell)}
     tried = {example for example, _ in CASES.values()}
@@ -193,14 +193,14 @@ def test_every_row_of_the_readme_is_tried():
 
 
 def python_of(heading):
-    """The Python block under a heading of the README."""
-    section = (ROOT / "README.md").read_text().split(f"\n{heading}\n")[1]
+    """The Python block under a heading of the page of models."""
+    section = (ROOT / "docs" / "models.md").read_text().split(f"\n{heading}\n")[1]
     return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
 
 
 @pytest.mark.parametrize("family", ["RoBERTa classifier", "BERT classifier"])
 def test_heads_that_differ_stay_with_their_tasks(tmp_path, monkeypatch, family):
-    """The way the README shows: encoders merged, heads kept."""
+    """The way the documentation shows: encoders merged, heads kept."""
     import transformers
 
     monkeypatch.chdir(tmp_path)
@@ -215,7 +215,7 @@ def test_heads_that_differ_stay_with_their_tasks(tmp_path, monkeypatch, family):
             for parameter in model.parameters() if seed else ():
                 parameter.add_(2e-3 * torch.randn_like(parameter))
         model.save_pretrained(tmp_path / "experts" / name)
-    block = python_of("### Classifiers with heads of their own")
+    block = python_of("## Classifiers with heads of their own")
     before, after = block.split("# mergekit-pytorch one-file.yml merged\n")
     namespace = {}
     exec(before, namespace)

@@ -410,7 +410,7 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
     assert len(found) == 2 * len(methods.METHODS), "a merge that does nothing is far away"
     (complaint,) = tables.outside([records[0]], [records[-1]])
     assert "there is no stored record" in complaint
-    assert "\n".join(tables.summary(records)) in (ROOT / "README.md").read_text()
+    assert "\n".join(tables.summary(records)) in (ROOT / "docs" / "quality.md").read_text()
 
 
 def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
@@ -420,7 +420,7 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
         assert [r.seed for r in some] == list(experiments.TIERS["full"].seeds)
         assert {r.tier for r in some} == {"full"}
     assert refined_tables.write(records, tmp_path) == (STORED / "refined/refined.md").read_text()
-    assert "\n".join(refined_tables.summary(records)) in (ROOT / "README.md").read_text()
+    assert "\n".join(refined_tables.summary(records)) in (ROOT / "docs" / "quality.md").read_text()
     methods_of_all = {tuple(row.method for row in r.first) for r in records}
     assert methods_of_all == {tuple(m.name for m in refined.METHODS_OF_THIS)}
 

@@ -1,4 +1,4 @@
-"""What the README says can be run is run, and what it quotes is what is there."""
+"""What README and docs say can be run is run, and what they quote is what is there."""
 
 import re
 
@@ -6,21 +6,28 @@ import pytest
 import torch
 import yaml
 from checkpoints import run, save_family, tensors, tiny_llama
-from conftest import ROOT
+from conftest import DOCUMENTS, ROOT
 from reference import pcb as reference
 
 import mergekit_pcb.host.method
 
-README = (ROOT / "README.md").read_text()
+TEXTS = {path: path.read_text() for path in DOCUMENTS}
+LINKS = [
+    (path, link)
+    for path, text in TEXTS.items()
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text)
+]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, *names):
+    """All blocks of a language, in the documents of these names or in all."""
+    texts = [text for path, text in TEXTS.items() if not names or path.name in names]
+    return [b for text in texts for b in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 def test_the_first_configuration_and_command(tmp_path, monkeypatch):
-    (text,) = blocks("yaml")
-    (command,) = [block for block in blocks("sh") if block.startswith("mergekit-yaml")]
+    (text,) = blocks("yaml", "README.md")
+    (command,) = [block for block in blocks("sh", "README.md") if block.startswith("mergekit-yaml")]
     paths = save_family(tmp_path / "models", tiny_llama(), tasks=2)
     for path, name in zip(paths[1:], ("code", "math"), strict=True):
         path.rename(path.with_name(name))
@@ -36,7 +43,7 @@ def test_the_first_configuration_and_command(tmp_path, monkeypatch):
 
 def test_the_table_of_parameters_is_the_specification():
     pattern = r"^\| `(\w+)` \| (per model|top level) \| [^|]* \| ([^|]+) \|"
-    rows = re.findall(pattern, README, re.M)
+    rows = re.findall(pattern, TEXTS[ROOT / "docs" / "parameters.md"], re.M)
     specified = [
         (spec.name, "top level" if spec.scope == "shared" else "per model", spec.default)
         for spec in mergekit_pcb.host.method.PARAMETERS
@@ -56,9 +63,35 @@ def test_the_start_up_file_is_printed_whole():
     assert line == (ROOT / "startup" / "mergekit_pcb_init.pth").read_text()
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("path", "link"), LINKS, ids=lambda x: getattr(x, "name", x))
+def test_links_lead_somewhere(path, link):
+    file, _, heading = link.partition("#")
+    target = path.parent / file if file else path
+    assert target.exists()
+    if heading:
+        lines = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        named = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+        assert heading in named
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 150
+
+
+def test_every_page_is_in_the_site():
+    pages = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named = [page for part in pages for own in part.values() for page in [own] if own]
+    names = [name for page in named for name in ([page] if isinstance(page, str) else page)]
+    assert sorted(names) == sorted(path.name for path in DOCUMENTS if path.parent.name == "docs")
+
+
+def test_what_is_turned_is_what_there_is():
+    """The README's six parameters and their defaults."""
+    rows = re.findall(r"^\| `(\w+)` \| `?([\w.]+)`? \|", TEXTS[ROOT / "README.md"], re.MULTILINE)
+    specified = {s.name: s.default for s in mergekit_pcb.host.method.PARAMETERS}
+    assert len(rows) == 6
+    for name, default in rows:
+        assert str(specified[name]) == default, name
 
 
 def test_the_formulas_are_what_the_package_computes():
@@ -80,10 +113,11 @@ def test_yaml_blocks_are_configurations():
         assert yaml.safe_load(block)["merge_method"] == "pcb"
 
 
-def test_every_command_of_the_readme_exists_with_its_options():
+def test_every_command_exists_with_its_options():
     from mergekit_pcb.tools.cli import main
 
     lines = "\n".join(blocks("sh")).replace("&&", "\n").splitlines()
+    lines = [line.partition("  #")[0] for line in lines]
     ours = [line.strip() for line in lines if line.strip().startswith("mergekit-pcb")]
     assert {line.split()[1] for line in ours} == {
         "check", "demo", "identity-adapter", "measure", "report", "search"

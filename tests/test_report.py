@@ -26,7 +26,7 @@ def report(tmp_path, config, *options):
 
 
 def parts(base, tasks, *, density, factors=None):
-    """Task vectors and contributions, whole and in float64, by the formulas of the README."""
+    """Task vectors and contributions, whole and in float64, by the formulas of docs."""
     n, d = len(tasks), base.numel()
     tau = torch.stack([task.double().view(-1) for task in tasks]) - base.double().view(-1)
     tau = tau if factors is None else tau * factors

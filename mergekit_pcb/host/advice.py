@@ -83,7 +83,7 @@ def _left_out_remark(plan: Plan) -> str:
     return (
         f"mergekit leaves {len(names)} tensors of {plan.base} out of the result "
         f"({', '.join(names[:3])}{more}); if the model needs them, see which command merges it in "
-        "the README of mergekit-pcb"
+        "docs/models.md of mergekit-pcb"
         if names
         else ""
     )
