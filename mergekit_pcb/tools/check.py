@@ -112,7 +112,7 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
     for path in named_models(document):
         if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
             report.error("plan", f"there is no {path}")
-    if len(report.errors) > 0:
+    if report.errors > 0:
         return
     try:
         plan = plan_without_merging(text, PlanOptions.of(options, advise=False))
