@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mergekit_pcb.tools.adamerge import adamerge
     from mergekit_pcb.tools.search import search_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Contributions",
     "PCBError",

@@ -134,3 +134,28 @@ def test_a_stock_method_is_left_as_it_is(tmp_path, family):
     out, _ = merge(tmp_path, config)
     expected = torch.stack([tensors(path)["lm_head.weight"] for path in family[1:]]).mean(0)
     assert torch.allclose(tensors(out)["lm_head.weight"], expected)
+
+
+def test_the_help_fits_on_a_screen_and_leaves_nothing_out():
+    from click.testing import CliRunner
+
+    from mergekit_pcb.tools import cli
+
+    shown = CliRunner().invoke(cli.main, ["--help"], terminal_width=80).output
+    lines = shown.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 80
+    assert "..." not in shown.replace("[ARGS]...", "")
+    named = [name for commands in cli.GROUPS.values() for name in commands]
+    assert sorted(named) == sorted(cli.main.commands)
+    for command in cli.main.commands.values():
+        assert "Example: mergekit-pcb" in command.help
+
+
+def test_the_model_card_says_what_the_merge_was(tmp_path, family):
+    parameters = {"density": 0.3, "dare_density": 0.5, "seed": 7, "refine": "solve", "anchor": 0.2}
+    out, _ = merge(tmp_path, configuration(family, parameters=parameters), command="mergekit-yaml")
+    card = (out / "README.md").read_text()
+    assert "[PCB-Merging](https://arxiv.org/abs/2410.02396)" in card
+    written = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert written["parameters"] == parameters

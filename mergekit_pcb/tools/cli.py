@@ -24,7 +24,34 @@ from mergekit_pcb.tools.cli_search import search
 _PASS_ON = {**HOST_OPTIONS, "help_option_names": []}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+#: The commands by what they are for, as the help shows them.
+GROUPS = {
+    "Around a merge": {
+        "check": "find mistakes; say what a merge reads, writes and takes",
+        "report": "show who wins what, in tables and figures",
+        "measure": "measure ahead of merges with `scope: model`",
+        "search": "choose weights by scores of your own",
+    },
+    "mergekit's commands, where start-up files are not allowed": {
+        "yaml": "mergekit-yaml with pcb",
+        "multi": "mergekit-multi with pcb",
+        "pytorch": "mergekit-pytorch with pcb",
+    },
+    "To begin with": {
+        "demo": "train a small Llama and experts, merge, compare",
+        "identity-adapter": "the base that (IA)³ adapters are merged against",
+    },
+}
+
+
+class _ByPurpose(click.Group):
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        for purpose, commands in GROUPS.items():
+            with formatter.section(purpose):
+                formatter.write_dl(list(commands.items()))
+
+
+@click.group(cls=_ByPurpose, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mergekit_pcb.__version__, prog_name="mergekit-pcb")
 def main() -> None:
     """PCB-Merging for mergekit.
