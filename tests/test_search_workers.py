@@ -431,6 +431,28 @@ def test_without_matplotlib_a_search_says_so_and_ends_well(place, monkeypatch): 
     assert not pathlib.Path("best.png").exists()
 
 
+def test_who_leaves_first_leaves_what_others_need(place):
+    """A search of a smaller budget ends while one of a larger budget goes on."""
+    meet = "echo x >> begun; for i in $(seq 600); do test -e go && break; sleep 0.1; done; "
+    larger = started(*arguments(command=meet + COMMAND, budget=4))
+    deadline = time.monotonic() + 120
+    while not (place / "begun").exists():
+        assert larger.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    smaller = started(*arguments(command=meet + COMMAND, budget=1))
+    said = smaller.communicate(timeout=120)[0]
+    assert smaller.returncode == 0, said
+    assert "not written yet; other workers try the trials that are left" in said
+    assert (place / "best.search" / "contributions" / "index.json").exists()
+    (place / "go").touch()
+    said = larger.communicate(timeout=120)[0]
+    assert larger.returncode == 0, said
+    assert len(log_of(place / "best.search")) == 4
+    assert not (place / "best.search" / "contributions").exists()
+    assert not list((place / "best.search" / "workers").glob("*"))
+
+
 def test_a_locked_database_is_told(place):
     with contextlib.closing(sqlite3.connect(place / "trials.db", isolation_level=None)) as other:
         other.execute("CREATE TABLE mine (x)")

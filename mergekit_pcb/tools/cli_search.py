@@ -138,6 +138,9 @@ def search(
     with explained(f"merge {config}"):
         result = search_files.run(job, host)
     found, best = result.found, result.found.best
+    if not found.trials:
+        click.echo(f"{output}: not written yet; other workers try the trials that are left")
+        return
     if best is None:
         raise PCBError(
             "find a best configuration",

@@ -60,8 +60,8 @@ def run(job: Job, options: Any) -> Searched:
     cards = _cards(job)
     with written(job.folder):
         study = Study(job, space, scorer.names)
-    with contextlib.closing(study):
-        merges = Merges(job, options)
+    merges = Merges(job, options)
+    try:
         with _until_stopped(scorer):
             if len(study.ended()) < job.budget:
                 merges.prepare()
@@ -69,13 +69,9 @@ def run(job: Job, options: Any) -> Searched:
                     _score_references(job, study, scorer)
                 _Workers(job, options, study, merges, scorer).run(cards)
         with written(job.output.parent):
-            searched = _told(job, study, scorer.names)
-        with study.alone():
-            if study.is_over():
-                merges.clean()
-                with contextlib.suppress(OSError):
-                    (job.folder / TRIALS).rmdir()
-    return searched
+            return _told(job, study, scorer.names)
+    finally:
+        study.close(merges.clean)
 
 
 class _Workers:
@@ -214,7 +210,8 @@ def _score_references(job: Job, study: Study, scorer: Scorer) -> None:
                 continue
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            study.optuna_study.set_user_attr(REFERENCES, known)
+            with study.alone():
+                study.optuna_study.set_user_attr(REFERENCES, known)
 
 
 def _cards(job: Job) -> list[dict[str, str]]:

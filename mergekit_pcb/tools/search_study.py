@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +71,14 @@ class Study:
         self._name = uuid.uuid4().hex
         _refuse_other_folders(job.folder)
         (job.folder / WORKERS).mkdir(parents=True, exist_ok=True)
-        self._here = FileLock(self._lock_of(self._name))
+        self._here = FileLock(self._lock_of(self._name), thread_local=False)
         self._here.acquire()
-        with self.alone():
-            self._study = self._opened(scores)
+        try:
+            with self.alone():
+                self._study = self._opened(scores)
+        except BaseException:
+            self._leave()
+            raise
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -141,23 +145,23 @@ class Study:
     def optuna_study(self) -> Any:
         return self._study
 
-    def is_over(self) -> bool:
-        """Whether nothing is left to try, and nobody tries anything."""
-        trials = self._trials()
-        finished = [trial for trial in trials if trial.state.is_finished()]
-        running = [trial for trial in trials if trial.state is self._states.RUNNING]
-        return len(finished) >= self._job.budget and not any(map(self._alive, running))
-
-    def close(self) -> None:
+    def close(self, clean: Callable[[], None]) -> None:
+        """Leave the search; who is the last to leave one that is over cleans up behind all."""
         with self.alone():
-            trials = [t for t in self._trials() if t.state is self._states.RUNNING]
-            self._remove_leftovers(
-                {t.number for t in trials if self._alive(t) and not self._is_mine(t)}
-            )
-            for file in (self._job.folder / WORKERS).iterdir():
-                self._lives(file.name)
-            self._here.release()
-            self._lock_of(self._name).unlink(missing_ok=True)
+            self._leave()
+            trials, workers = self._trials(), self._job.folder / WORKERS
+            running = [t for t in trials if t.state is self._states.RUNNING]
+            self._remove_leftovers({t.number for t in running if self._alive(t)})
+            others = [file for file in workers.iterdir() if self._lives(file.name)]
+            finished = [trial for trial in trials if trial.state.is_finished()]
+            if len(finished) >= self._job.budget and not others:
+                clean()
+                with contextlib.suppress(OSError):
+                    (self._job.folder / TRIALS).rmdir()
+
+    def _leave(self) -> None:
+        self._here.release()
+        self._lock_of(self._name).unlink(missing_ok=True)
 
     def _opened(self, scores: list[str]) -> Any:
         """The study of this job, begun if there is none; another job's is refused."""
@@ -232,9 +236,6 @@ class Study:
     def _lock_of(self, worker: str) -> pathlib.Path:
         return self._job.folder / WORKERS / worker
 
-    def _is_mine(self, trial: Any) -> bool:
-        return bool(trial.user_attrs.get("worker") == self._name)
-
     def _alive(self, trial: Any) -> bool:
         """Whether the process that runs a trial still does."""
         return self._lives(str(trial.user_attrs.get("worker")))
@@ -242,8 +243,10 @@ class Study:
     def _lives(self, worker: str) -> bool:
         """Whether a worker holds its lock; that of a dead one is removed."""
         file = self._lock_of(worker)
-        if worker == self._name or not file.exists():
-            return worker == self._name
+        if worker == self._name and self._here.is_locked:
+            return True
+        if not file.exists():
+            return False
         lock = FileLock(file)
         try:
             lock.acquire(timeout=0)
