@@ -282,6 +282,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert Work().score("anything", lambda: make(8)) == 8
 
 
+@pytest.mark.slow
 def test_a_stopped_record_is_the_same(few_files, tiny, tmp_path, monkeypatch):  # noqa: ARG001
     """Stopped after the searches, it trains nothing again and comes to the same digits."""
     monkeypatch.setattr(encoder, "LEAST_GAIN", -1.0)
@@ -342,6 +343,7 @@ def tiny_decoder(monkeypatch):
     monkeypatch.setattr(language, "texts", lambda kind, _=0: texts(kind, 200_000))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_decoder")
 def test_a_record_of_a_decoder(tmp_path, monkeypatch):
     """Merges go from folders through mergekit's own command, and are those made in memory."""

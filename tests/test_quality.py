@@ -225,6 +225,7 @@ def test_trials_of_all_tasks_are_those_of_a_shorter_search(suite):
         assert suite.validation(make()) == score
 
 
+@pytest.mark.slow
 def test_near_experts_are_the_same_whatever_comes_after_them():
     """Each distance begins where the base ended: from its generators and its weights."""
     schedule = experiments.TIERS["small"].efforts["glyphs"].schedule
@@ -340,6 +341,7 @@ def test_a_seed_of_another_tier_is_told(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_small_tier_of_everything(tmp_path):
     command = [sys.executable, "-m", "benchmarks.quality", "--tier", "small", "--out"]
 
