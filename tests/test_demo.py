@@ -13,7 +13,7 @@ from mergekit_pcb.tools import demo
 
 def test_demo_trains_merges_measures(tmp_path):
     directory = tmp_path / "demo"
-    result = run("mergekit-pcb", "demo", directory, "--base-steps", "40", "--expert-steps", "8")
+    result = run("mergekit-pcb", "demo", directory, "--base-steps", "80", "--expert-steps", "40")
     rows = [
         line.split()
         for line in result.stdout.splitlines()
