@@ -16,23 +16,24 @@ def on_files(files: Files, config: Any) -> Files:
     """Add what any page links to above the folder of the documentation."""
     pages = [page.content_string for page in files.documentation_pages()]
     for name in sorted({name for page in pages for name in LINK.findall(page)}):
-        place = ROOT / name
-        inside = [place] if place.is_file() else sorted(place.iterdir())
-        for file in (path for path in inside if path.is_file()):
-            path = str(file.relative_to(ROOT))
-            kept = path if path.endswith(".png") else f"{path}.txt"
-            files.append(File.generated(config, kept, abs_src_path=str(file)))
+        for file in _behind(name):
+            files.append(File.generated(config, _kept(file), abs_src_path=str(file)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point to the files that were added; a folder's link leads to its first file."""
+    return LINK.sub(lambda link: f"]({_kept(_behind(link.group(1))[0])})", markdown)
 
-    def moved(link: re.Match[str]) -> str:
-        name = link.group(1)
-        if (ROOT / name).is_dir():
-            first = min(path for path in (ROOT / name).iterdir() if path.is_file())
-            name = str(first.relative_to(ROOT))
-        return f"]({name if name.endswith('.png') else f'{name}.txt'})"
 
-    return LINK.sub(moved, markdown)
+def _behind(name: str) -> list[pathlib.Path]:
+    """A file, or those of a folder."""
+    place = ROOT / name
+    inside = [place] if place.is_file() else sorted(place.iterdir())
+    return [path for path in inside if path.is_file()]
+
+
+def _kept(file: pathlib.Path) -> str:
+    """Its place in the site, where all but pictures are shown as text."""
+    path = str(file.relative_to(ROOT))
+    return path if path.endswith(".png") else f"{path}.txt"

@@ -423,6 +423,18 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
         assert {r.tier for r in some} == {"full"}
     assert refined_tables.write(records, tmp_path) == (STORED / "refined/refined.md").read_text()
     assert "\n".join(refined_tables.summary(records)) in (ROOT / "docs" / "quality.md").read_text()
+    columns, *lines = [
+        [cell.strip(" *") for cell in re.sub(r"\*\*", "", line).strip("|").split("|")]
+        for line in refined_tables.summary(records)
+    ]
+    places = [columns.index("glyphs, near"), columns.index("language, near")]
+    stored = {cells[0]: [cells[place] for place in places] for cells in lines}
+    readme = (ROOT / "README.md").read_text().split("## How good, how fast")[1]
+    quoted = re.findall(r"^\| (.+?) \| (.+?/.+?) \| (.+?/.+?) \|$", readme, re.MULTILINE)
+    assert len(quoted) == 6
+    for method, *cells in quoted:
+        name = method.replace("`", "").replace("RegMean, which sees data", "RegMean (sees data)")
+        assert [cell.replace("**", "") for cell in cells] == stored[name], method
     methods_of_all = {tuple(row.method for row in r.first) for r in records}
     assert methods_of_all == {tuple(m.name for m in refined.METHODS_OF_THIS)}
 

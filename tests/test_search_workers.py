@@ -101,6 +101,15 @@ def started(*words):
     )
 
 
+def wait_for(file, search):
+    """Until a command of the search has written something there."""
+    deadline = time.monotonic() + 120
+    while not file.exists() or not file.read_text().strip():
+        assert search.poll() is None, search.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("storage", [None, "sqlite:///trials.db"])
 def test_processes_join_one_study(place, storage):
     """Both try trials at the same time: each waits, in its first, for the other's."""
@@ -161,11 +170,7 @@ def test_whatever_is_killed_the_budget_is_scored(place, times, budget):
 def test_a_command_that_outlives_its_search_is_killed(place):
     words = arguments(command="echo $$ > pid; sleep 300; echo {model} 1", budget=1)
     search = started(*words)
-    deadline = time.monotonic() + 120
-    while not (place / "pid").exists() or not (place / "pid").read_text().strip():
-        assert search.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(place / "pid", search)
     os.kill(search.pid, signal.SIGKILL)
     search.communicate()
     pid = int((place / "pid").read_text())
@@ -180,10 +185,7 @@ def test_a_command_that_outlives_its_search_is_killed(place):
 
 def test_asked_to_end_it_ends_its_commands(place):
     search = started(*arguments(command="echo $$ > pid; sleep 300; echo {model} 1", budget=1))
-    deadline = time.monotonic() + 120
-    while not (place / "pid").exists() or not (place / "pid").read_text().strip():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(place / "pid", search)
     search.terminate()
     said = search.communicate(timeout=60)[0]
     assert search.returncode == 128 + signal.SIGTERM, said
@@ -300,6 +302,23 @@ def test_several_scores_make_a_front(place, made):
             assert model["parameters"]["weight"] == round(trial.params[f"weight {i}"], 4)
 
 
+def test_killed_while_the_base_was_scored_it_goes_on(place):
+    command = 'echo \'{"a": 1, "b": 2}\' > {model}/r.json; echo x >> seen; '
+    command += "for i in $(seq 600); do test -e go && break; sleep 0.1; done"
+    scores = ["--score", "a={model}/r.json:a", "--score", "b={model}/r.json:b"]
+    words = arguments(*scores, command=command, budget=1)
+    search = started(*words)
+    wait_for(place / "seen", search)
+    os.kill(search.pid, signal.SIGKILL)
+    search.communicate()
+    assert (place / "best.search" / "reference").exists()
+    (place / "go").touch()
+    result = invoked(*words)
+    assert result.exit_code == 0, result.output
+    assert "| base |" in result.output
+    assert not (place / "best.search" / "reference").exists()
+
+
 QUESTIONS = """
 task: questions
 dataset_path: json
@@ -385,6 +404,30 @@ def test_mistakes_are_told_before_work_starts(place, monkeypatch, words, complai
     assert not (place / "best.search" / "contributions").exists()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".search", ".front"])
+def test_the_output_is_not_named_like_what_stands_beside_it(place, suffix):
+    result = CliRunner().invoke(cli.main, [*arguments(), "-o", f"best{suffix}"])
+    assert result.exit_code == 1
+    assert f"names that end in {suffix} are those of what a search leaves" in result.output
+    assert {path.name for path in place.iterdir()} == {"config.yml"}
+
+
+def test_a_storage_that_goes_away_is_told(place, monkeypatch):
+    from sqlalchemy.exc import OperationalError
+
+    asked, real = [], optuna.Study.get_trials
+
+    def away(self, *args, **options):
+        asked.append(1)
+        if len(asked) > 5:
+            raise OperationalError("SELECT", {}, Exception("the server is gone"))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", away)
+    assert "the server is gone" in refused(*arguments())
+    assert place.joinpath("best.search").exists()
+
+
 @pytest.mark.parametrize("text", ["0,,1", "x", "-1"])
 def test_cards_are_numbers(place, text):  # noqa: ARG001
     result = invoked(*arguments("--gpus", text))
@@ -422,11 +465,7 @@ def test_who_leaves_first_leaves_what_others_need(place):
     """A search of a smaller budget ends while one of a larger budget goes on."""
     meet = "echo x >> begun; for i in $(seq 600); do test -e go && break; sleep 0.1; done; "
     larger = started(*arguments(command=meet + COMMAND, budget=4))
-    deadline = time.monotonic() + 120
-    while not (place / "begun").exists():
-        assert larger.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(place / "begun", larger)
     smaller = started(*arguments(command=meet + COMMAND, budget=1))
     said = smaller.communicate(timeout=120)[0]
     assert smaller.returncode == 0, said

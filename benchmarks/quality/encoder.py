@@ -13,6 +13,7 @@ sentence-transformers. Nothing is downloaded when it runs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pathlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -224,18 +225,17 @@ def _split(file: str, seed: int) -> Split:
 
 def _parts(examples: Sequence[Example], seed: int, draw: random.Random) -> Parts:
     """Examples by part, of every class in turn as long as there are any."""
-    found: dict[Split, dict[int, list[Example]]] = {split: {} for split in SPLITS}
+    found: Parts = {split: [] for split in SPLITS}
     for example in draw.sample(examples, len(examples)):
-        found[_split(example.file, seed)].setdefault(example.label, []).append(example)
-    parts: Parts = {}
-    for split, classes in found.items():
-        turns = [(turn, label) for label, own in classes.items() for turn in range(len(own))]
-        parts[split] = [classes[label][turn] for turn, label in sorted(turns)]
-    return parts
+        found[_split(example.file, seed)].append(example)
+    return {
+        split: [one for turn in itertools.zip_longest(*_by_class(own)) for one in turn if one]
+        for split, own in found.items()
+    }
 
 
 def _by_class(examples: Sequence[Example]) -> list[list[Example]]:
-    """Experts learn of all classes alike, as heads do, and as they are scored."""
+    """Examples of each class; all learn of all classes alike, and are scored so."""
     found: dict[int, list[Example]] = {}
     for example in examples:
         found.setdefault(example.label, []).append(example)

@@ -108,7 +108,7 @@ def search(
     scores end in a folder of configurations, none of which another one beats in all of them.
     A trial is one weighted sum and, under `refine: solve` or `spectrum`, one decomposition per
     matrix; searching density, anchor or refine merges anew. Needs (n + 1) float32 copies of the
-    model on disk for n tasks, and a model a job. OPTIONS are mergekit's.
+    model on disk for n tasks, the model itself, and one more for each job. OPTIONS are mergekit's.
 
     Example: mergekit-pcb search pcb.yml --evaluate 'python score.py {model}' -o best.yml
     """

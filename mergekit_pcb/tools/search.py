@@ -6,7 +6,6 @@ sum; where the spectrum is evened, a step per matrix follows on it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from inspect import Parameter, signature
@@ -22,6 +21,7 @@ from mergekit_pcb.tools.search_space import (
     Shared,
     Space,
     Trial,
+    finite,
     require_optuna,
     sampler,
     suggested,
@@ -55,17 +55,12 @@ def search(
         weights, shared = suggested(trial, space)
         began, score, error, state = time.monotonic(), None, None, optuna.trial.TrialState.FAIL
         try:
-            score = float(evaluate(weights, shared, trial))
-            if not math.isfinite(score):
-                score, error = None, f"the score is {score}"
+            score = finite(float(evaluate(weights, shared, trial)))
         except EvaluationError as failure:
             error = str(failure)
         except optuna.TrialPruned as pruned:
             error, state = f"pruned {pruned}".strip(), optuna.trial.TrialState.PRUNED
-        if score is None:
-            study.tell(trial, state=state)
-        else:
-            study.tell(trial, score)
+        study.tell(trial, score, state=state if score is None else None)
         yield Trial(
             trial=number,
             weights=weights,

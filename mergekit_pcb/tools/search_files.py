@@ -30,9 +30,9 @@ from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools import search_figures
 from mergekit_pcb.tools.search_job import Job, configured, space_of
 from mergekit_pcb.tools.search_merges import Merges, written
-from mergekit_pcb.tools.search_scores import Scorer
+from mergekit_pcb.tools.search_scores import Scorer, remove_model
 from mergekit_pcb.tools.search_space import EvaluationError, Found, Trial, require_optuna
-from mergekit_pcb.tools.search_study import TRIALS, Claim, Study
+from mergekit_pcb.tools.search_study import REFERENCE, Claim, Study
 
 #: Seconds between attempts to write down what a trial scored.
 PAUSES = (1, 4, 15)
@@ -45,7 +45,6 @@ class Searched:
     """What a search found, and the files that tell of it."""
 
     found: Found
-    names: list[str]
     #: With several scores: the trials that none beats in all of them, each a configuration.
     front: list[Trial] = field(default_factory=list)
     written: list[pathlib.Path] = field(default_factory=list)
@@ -62,13 +61,13 @@ def run(job: Job, options: Any) -> Searched:
         study = Study(job, space, scorer.names)
     merges = Merges(job, options)
     try:
-        with _until_stopped(scorer):
+        with _ending_when_asked():
             if len(study.ended()) < job.budget:
                 merges.prepare()
                 if len(scorer.names) > 1:
                     _score_references(job, study, scorer)
                 _Workers(job, options, study, merges, scorer).run(cards)
-        with written(job.output.parent):
+        with written(job.output.parent), study.alone():
             return _told(job, study, scorer.names)
     finally:
         study.close(merges.clean)
@@ -114,8 +113,7 @@ class _Workers:
                 error = str(failure)
             finally:
                 # Before the score is written down, so that a full disk has room for it.
-                shutil.rmtree(claim.folder, ignore_errors=True)
-                claim.folder.with_suffix(".pid").unlink(missing_ok=True)
+                remove_model(claim.folder)
             if self._stop.is_set() and scores is None:
                 return  # it was stopped, and is tried again
             with written(self._job.folder):
@@ -166,12 +164,12 @@ def _told(job: Job, study: Study, names: list[str]) -> Searched:
     """What was found, as configurations and pictures beside the output."""
     found = Found(study.ended(), job.minimized[0])
     if found.best is None:
-        return Searched(found, names)
+        return Searched(found)
     if len(names) == 1:
         write_best(job, study)
         picture = job.output.with_suffix(".png")
         drawn = search_figures.history(study, found, picture)
-        return Searched(found, names, [], [picture] if drawn else [])
+        return Searched(found, [], [picture] if drawn else [])
     numbers = study.best_trials()
     front = [trial for trial in found.trials if trial.trial in numbers]
     folder = job.output.with_suffix(".front")
@@ -185,21 +183,23 @@ def _told(job: Job, study: Study, names: list[str]) -> Searched:
     files = [folder / "front.md"]
     if search_figures.front(names, found, front, others, folder / "front.png"):
         files.append(folder / "front.png")
-    return Searched(found, names, front, files)
+    return Searched(found, front, files)
 
 
 def _score_references(job: Job, study: Study, scorer: Scorer) -> None:
     """Score the base and the experts themselves, once, so that the front can be seen beside."""
-    with FileLock(job.folder / "references"):
-        known: dict[str, Any] = dict(study.optuna_study.user_attrs.get(REFERENCES, {}))
+    folder = job.folder / REFERENCE
+    with FileLock(f"{folder}.lock"):
+        with study.alone():
+            known: dict[str, Any] = dict(study.optuna_study.user_attrs.get(REFERENCES, {}))
         for name in named_models(job.configuration):
             if name in known:
                 continue
             if not pathlib.Path(name).is_dir():
                 tqdm.write(f"{name} is not scored beside the trials: it is no local folder")
                 continue
-            folder = job.folder / TRIALS / f"reference-{len(known)}"
-            folder.mkdir(parents=True, exist_ok=True)
+            remove_model(folder)  # what a search that was killed has left
+            folder.mkdir()
             try:
                 # Links: what the command writes beside the model stays out of the user's own.
                 for file in pathlib.Path(name).resolve().iterdir():
@@ -209,7 +209,7 @@ def _score_references(job: Job, study: Study, scorer: Scorer) -> None:
                 tqdm.write(f"{name} could not be scored: {error}")
                 continue
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_model(folder)
             with study.alone():
                 study.optuna_study.set_user_attr(REFERENCES, known)
 
@@ -233,20 +233,16 @@ def _cards(job: Job) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _until_stopped(scorer: Scorer) -> Iterator[None]:
-    """End what the commands do when this process is asked to end."""
+def _ending_when_asked() -> Iterator[None]:
+    """End as at an interrupt when this process is asked to: commands and models are removed."""
 
     def end(number: int, _: Any) -> None:
-        scorer.stop()
         raise click.exceptions.Exit(128 + number)
 
     mine = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, end) if mine else None
     try:
         yield
-    except BaseException:
-        scorer.stop()
-        raise
     finally:
         if mine:
             signal.signal(signal.SIGTERM, before)

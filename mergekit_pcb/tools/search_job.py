@@ -18,6 +18,8 @@ from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Shared, Space
 
 #: What can be searched beside the weights, and where it starts unless the configuration says.
 SHARED: dict[str, float | str] = {"lambda": 1.0, "density": 0.1, "anchor": 0.1, "refine": "none"}
+#: Beside the best configuration: the work, a front, a picture.
+TAKEN = (".search", ".front", ".png")
 #: What a trial needs no merge for, but a weighted sum of files.
 LINEAR = {"weight", "lambda"}
 
@@ -56,6 +58,12 @@ class Job:
         if not (low < high and math.isfinite(high - low)):
             what = f"{low:g} and {high:g} bound nothing to search"
             raise PCBError("search", what, "give LOW HIGH, two numbers")
+        if self.output.suffix in TAKEN:
+            raise PCBError(
+                f"write the best configuration to {self.output}",
+                f"names that end in {self.output.suffix} are those of what a search leaves beside",
+                "name it .yml",
+            )
         names = [score.name for score in self.scores]
         if len(set(names)) < len(names):
             raise PCBError("score", "two scores have one name", "name them apart")

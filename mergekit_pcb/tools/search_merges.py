@@ -56,7 +56,7 @@ def written(place: pathlib.Path) -> Iterator[None]:
 
 
 class Merges:
-    """Makes trials' models; one that cannot be written whole is removed."""
+    """Makes trials' models; who asks for one removes it, whole or not."""
 
     def __init__(self, job: Job, options: Any) -> None:
         self._job = job
@@ -94,17 +94,13 @@ class Merges:
         with written(self._job.folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(exist_ok=True)
-            try:
-                if self._job.linear:
-                    scale = shared.get("lambda")
-                    self._sum(weights, None if scale is None else float(scale), folder)
-                else:
-                    changed = configured(self._job.configuration, weights, shared)
-                    with self._merging:
-                        self._merge(changed, folder, self._options)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            if self._job.linear:
+                scale = shared.get("lambda")
+                self._sum(weights, None if scale is None else float(scale), folder)
+            else:
+                changed = configured(self._job.configuration, weights, shared)
+                with self._merging:
+                    self._merge(changed, folder, self._options)
         return folder
 
     def clean(self) -> None:
@@ -129,7 +125,7 @@ class Merges:
         jobs, folder = self._job.jobs, self._job.folder
         need = jobs * model + (0 if measured else parts + model)
         free = shutil.disk_usage(folder).free
-        each = f"{jobs} models of {model / 1e9:.2f} GB at a time"
+        each = f"{jobs} model{'s' if jobs > 1 else ''} of {model / 1e9:.2f} GB at a time"
         if not measured:
             each = f"contributions of {(parts + model) / 1e9:.2f} GB, and {each}"
         if need > free:

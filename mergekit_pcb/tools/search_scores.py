@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import math
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.tools.search_space import EvaluationError
+from mergekit_pcb.tools.search_space import EvaluationError, finite
 
 NUMBER = re.compile(
     r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\bnan\b|[-+]?\binf\b", re.IGNORECASE
@@ -73,7 +73,7 @@ class Score:
         newest = max(written, key=lambda path: (times[path], path))
         try:
             document = json.loads(pathlib.Path(newest).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EvaluationError(f"{newest} is no JSON ({error})") from None
         wanted = re.compile(".*".join(map(re.escape, self.key.split("*"))))
         numbers = dict(_numbers(document))
@@ -120,11 +120,8 @@ class Scorer:
             raise EvaluationError("the command printed no number")
         else:
             found = [float(numbers[-1])]
-        for name, value in zip(self.names, found, strict=True):
-            if not math.isfinite(value):
-                one = "the score" if not self._scores else f"the score {name}"
-                raise EvaluationError(f"{one} is {value}")
-        return found
+        named = [f"the score {score.name}" for score in self._scores] or ["the score"]
+        return [finite(value, name) for value, name in zip(found, named, strict=True)]
 
     def stop(self) -> None:
         """Kill what runs, and start nothing more."""
@@ -179,14 +176,15 @@ def _remember(pid: int, model: pathlib.Path) -> None:
         model.with_suffix(".pid").write_text(json.dumps(told), encoding="utf-8")
 
 
-def kill_remembered(model: pathlib.Path) -> None:
-    """Kill a command that outlived its search, if it still runs on this machine."""
+def remove_model(model: pathlib.Path) -> None:
+    """Remove a model that nobody scores, and kill a command that outlived its search here."""
     file = model.with_suffix(".pid")
     with contextlib.suppress(OSError, ValueError, TypeError, psutil.Error):
         pid, created = json.loads(file.read_text(encoding="utf-8"))
         if psutil.Process(pid).create_time() == created:
             _kill(pid)
     file.unlink(missing_ok=True)
+    shutil.rmtree(model, ignore_errors=True)
 
 
 def _kill(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ class Space:
         return weights, told
 
 
+def finite(score: float, name: str = "the score") -> float:
+    """The score, or :class:`EvaluationError` if it is no finite number."""
+    if not math.isfinite(score):
+        raise EvaluationError(f"{name} is {score}")
+    return score
+
+
 def require_optuna() -> Any:
     """Optuna, without its remarks."""
     try:
@@ -102,7 +110,7 @@ def require_optuna() -> Any:
         import optuna
     except ImportError as error:
         why = f"the package {error.name} is missing"
-        raise PCBError("search", why, "pip install 'mergekit-pcb[search]'") from None
+        raise PCBError("search", why, "pip install optuna cmaes") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

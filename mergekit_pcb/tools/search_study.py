@@ -9,10 +9,8 @@ number, the same values. That is why a search that was killed repeats what it wo
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pathlib
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from filelock import FileLock, Timeout
 from mergekit_pcb.core.dare import GENERATOR
 from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.tools.search_job import Job
-from mergekit_pcb.tools.search_scores import kill_remembered
+from mergekit_pcb.tools.search_scores import remove_model
 from mergekit_pcb.tools.search_space import (
     Shared,
     Space,
@@ -35,12 +33,11 @@ from mergekit_pcb.tools.search_space import (
 )
 
 FORMAT = "mergekit-pcb search, version 4"
-JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS = (
-    "study.journal", "contributions", "merged", "trials", "workers"
+JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE = (
+    "study.journal", "contributions", "merged", "trials", "workers", "reference"
 )  # fmt: skip
-_OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, "lock", "measuring", "references"}
-
-
+_OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, f"{REFERENCE}.pid"}
+_OWN |= {"lock", "measuring"}
 #: Of a trial that somebody ended by Optuna's own commands.
 _ELSEWHERE = {"error": "it was ended by another program", "seconds": 0.0}
 
@@ -60,12 +57,14 @@ class Study:
 
     def __init__(self, job: Job, space: Space, scores: list[str]) -> None:
         self._optuna = require_optuna()
+        from sqlalchemy.exc import SQLAlchemyError  # comes with Optuna
+
         self._job, self._space = job, space
         self._states = self._optuna.trial.TrialState
         #: What Optuna and the databases' layer raise of a storage that is locked or gone.
         self._unreachable = (
             self._optuna.exceptions.OptunaError,
-            importlib.import_module("sqlalchemy.exc").SQLAlchemyError,
+            SQLAlchemyError,
         )
         self._lock = FileLock(job.folder / "lock")
         self._name = uuid.uuid4().hex
@@ -103,7 +102,7 @@ class Study:
             left = [t for t in running if t not in alive]
             if left:
                 trial = self._optuna.trial.Trial(self._study, left[0]._trial_id)
-            elif len(self.ended(trials)) + len(running) >= self._job.budget:
+            elif len(_finished(trials)) + len(running) >= self._job.budget:
                 return None
             else:
                 trial = self._study.ask()
@@ -121,9 +120,8 @@ class Study:
             with contextlib.suppress(ValueError):  # another worker took it over, and was faster
                 self._study.tell(claim.trial, scores, state=state)
 
-    def ended(self, trials: list[Any] | None = None) -> list[Trial]:
+    def ended(self) -> list[Trial]:
         """The trials that are over, by their number."""
-        trials = self._trials() if trials is None else trials
         return [
             Trial(
                 trial=trial.number + 1,
@@ -132,8 +130,7 @@ class Study:
                 scores=list(trial.values) if trial.state is self._states.COMPLETE else None,
                 **trial.user_attrs.get("outcome", _ELSEWHERE),
             )
-            for trial in trials
-            if trial.state.is_finished()
+            for trial in _finished(self._trials())
             for weights, shared in [self._space.split(trial.params)]
         ]
 
@@ -153,8 +150,7 @@ class Study:
             running = [t for t in trials if t.state is self._states.RUNNING]
             self._remove_leftovers({t.number for t in running if self._alive(t)})
             others = [file for file in workers.iterdir() if self._lives(file.name)]
-            finished = [trial for trial in trials if trial.state.is_finished()]
-            if len(finished) >= self._job.budget and not others:
+            if len(_finished(trials)) >= self._job.budget and not others:
                 clean()
                 with contextlib.suppress(OSError):
                     (self._job.folder / TRIALS).rmdir()
@@ -228,7 +224,8 @@ class Study:
         return self._optuna.storages.JournalStorage(backend)
 
     def _trials(self) -> list[Any]:
-        return list(self._study.get_trials(deepcopy=False))
+        with self.alone():
+            return list(self._study.get_trials(deepcopy=False))
 
     def _folder(self, number: int) -> pathlib.Path:
         return self._job.folder / TRIALS / f"{number + 1:04d}"
@@ -262,8 +259,11 @@ class Study:
         with contextlib.suppress(FileNotFoundError):
             for path in (self._job.folder / TRIALS).iterdir():
                 if path.stem not in kept:
-                    kill_remembered(path)
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_model(path)
+
+
+def _finished(trials: list[Any]) -> list[Any]:
+    return [trial for trial in trials if trial.state.is_finished()]
 
 
 def _refuse_other_folders(folder: pathlib.Path) -> None:
