@@ -10,6 +10,7 @@ Apache 2.0, by Hugging Face; what they are in full precision is the base. Nothin
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -49,8 +50,8 @@ LEAST_DISK = 6 << 30
 TASKS = language.TASKS
 CONTEXT = 128
 SEQUENCES_IN_A_BATCH = 8
-#: A choice: so many tokens are read, and the rest of them is right or another text's.
-READ = 96
+#: A choice: so many tokens are read, and as many of the next are right or another text's.
+READ, CHOSEN = 48, 16
 CHOICES = 4
 QUESTIONS = 50
 SCHEDULE = Schedule(
@@ -124,7 +125,11 @@ def build(
                 some = rows[torch.randint(len(rows), (schedule.batch,))]
                 return (some,), some[:, 1:].flatten()
 
-            train(model.parameters(), model, batch, *distance.of(schedule))
+            def logits(tokens: torch.Tensor) -> torch.Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return model(tokens).float()
+
+            train(model.parameters(), logits, batch, *distance.of(schedule))
             return _snapshot(model)
 
         # Names that mergekit can read: a + stands before the name of an adapter.
@@ -145,6 +150,7 @@ def build(
             elsewhere,
             learned_from=list(tokens["train"].values()),
             questions=questions,
+            scorer=copy.deepcopy(model).bfloat16(),
             folders=folders,
             work=work,
         )
@@ -243,8 +249,8 @@ def _questions(sequences: torch.Tensor) -> list[Question]:
     asked = language.spread(sequences, QUESTIONS)
     found = []
     for number, row in enumerate(asked):
-        rows = row.repeat(CHOICES, 1)
+        rows = row[: READ + CHOSEN].repeat(CHOICES, 1)
         for choice in range(1, CHOICES):
-            rows[choice, READ:] = asked[(number + choice) % len(asked), READ:]
+            rows[choice, READ:] = asked[(number + choice) % len(asked), READ : READ + CHOSEN]
         found.append(Question(rows, READ))
     return found

@@ -12,6 +12,7 @@ sentence-transformers. Nothing is downloaded when it runs.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import pathlib
@@ -87,7 +88,8 @@ class Encoder(torch.nn.Module):
         """The mean of the last hidden states, scaled to length one: ``[texts, 384]``."""
         mask = tokens != 0
         hidden = self.bert(input_ids=tokens, attention_mask=mask).last_hidden_state
-        return torch.nn.functional.normalize((hidden * mask[..., None]).sum(1), dim=-1)
+        summed = (hidden.float() * mask[..., None]).sum(1)
+        return torch.nn.functional.normalize(summed, dim=-1)
 
     def forward(self, tokens: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """A task's logits; of task -1 how alike the first half of the texts is to the second."""
@@ -136,6 +138,7 @@ def build(
         elsewhere={"retrieval": reader.retrieval(pairs[:PAIRS])},
         learned_from=[reader.padded(e.text for e in parts[task]["train"]) for task in TASKS],
         characters={task: _by_characters(parts[task], sizes["test"]) for task in TASKS},
+        scorer=copy.deepcopy(model).bfloat16(),
         work=work,
     )
     for distance in distances:

@@ -135,9 +135,9 @@ TIERS = {
             "encoder": replace(
                 _FULL,
                 schedule=encoder.SCHEDULE,
-                budget=6,
+                budget=4,
                 ablation_budget=3,
-                some_budget=3,
+                some_budget=2,
                 weight_budget=0,
                 epochs=0,
                 densities=(0.05, 0.1, 0.3, 1.0),

@@ -95,6 +95,8 @@ class Suite:
     learned_from: Sequence[torch.Tensor] = ()
     characters: dict[str, float] = field(default_factory=dict)
     questions: dict[str, list[Question]] = field(default_factory=dict)
+    #: A copy of the model, in a lower precision, that scores are computed with; else the model.
+    scorer: torch.nn.Module | None = None
     #: Checkpoints of the base and the experts, which mergekit's own command then merges.
     folders: Sequence[pathlib.Path] = ()
     work: Work = field(default_factory=Work)
@@ -125,14 +127,13 @@ class Suite:
     @torch.no_grad()
     def answered(self, state: StateDict) -> dict[str, float]:
         """The part of each task's questions in which the right choice is the likeliest."""
-        if self.questions:
-            self.model.load_state_dict(state)
-            self.model.eval()
-        found = {}
+        if not self.questions:
+            return {}
+        model, found = self._loaded(state), {}
         for task, questions in self.questions.items():
             right = 0
             for rows, read in questions:
-                logits = self.model(rows).view(*rows[:, 1:].shape, -1).log_softmax(-1)
+                logits = model(rows).view(*rows[:, 1:].shape, -1).float().log_softmax(-1)
                 of_tokens = logits.gather(-1, rows[:, 1:, None])[..., 0]
                 right += int(of_tokens[:, read - 1 :].sum(-1).argmax()) == 0
             found[task] = right / len(questions)
@@ -168,17 +169,21 @@ class Suite:
 
     @torch.no_grad()
     def _score(self, state: StateDict, batches: Sequence[Batch]) -> float:
-        self.model.load_state_dict(state)
-        self.model.eval()
+        model = self._loaded(state)
         total, rows = 0.0, 0
         for inputs, labels in batches:
-            logits = self.model(*inputs)
+            logits = model(*inputs).float()
             if self.metric == "accuracy":
                 total += float((logits.argmax(-1) == labels).sum())
             else:
                 total -= float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             rows += len(labels)
         return total / rows
+
+    def _loaded(self, state: StateDict) -> torch.nn.Module:
+        model = self.model if self.scorer is None else self.scorer
+        model.load_state_dict(state)
+        return model.eval()
 
 
 def share(

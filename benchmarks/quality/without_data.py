@@ -51,9 +51,11 @@ def _ours(name: str, refine: str, spectrum: float | str | None) -> Method:
 Find = Callable[..., StateDict]
 
 
-@lru_cache(maxsize=16)
-def _delta(suite: Suite, find: Find, own: tuple[tuple[str, float], ...]) -> StateDict:
-    return find(suite, **dict(own))
+@lru_cache(maxsize=1)
+def _delta(suite: Suite, name: str, find: Find, own: tuple[tuple[str, float], ...]) -> StateDict:
+    """What is found is kept beside the suite's models: it may take a minute."""
+    said = " ".join([name, *(f"{value:g}" for _, value in own), "of", *suite.tasks])
+    return suite.work.state(said, lambda: find(suite, **dict(own)))
 
 
 def _scaled(name: str, find: Find, *knobs: Knob | Choice) -> Method:
@@ -61,7 +63,7 @@ def _scaled(name: str, find: Find, *knobs: Knob | Choice) -> Method:
 
     def merge(suite: Suite, chosen: Knobs) -> StateDict:
         own = tuple((name, value) for name, value in chosen.items() if name != "lambda")
-        delta = _delta(suite, find, own)
+        delta = _delta(suite, name, find, own)
         return {n: base + chosen["lambda"] * delta[n] for n, base in suite.base.items()}
 
     return Method(name, (Knob("lambda", 1.0, 0.1, 3.0), *knobs), merge)
