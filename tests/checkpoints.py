@@ -1,10 +1,9 @@
 """Small checkpoints with real architectures, and the stock commands run on them."""
 
-import os
 import pathlib
-import subprocess
 import sys
 
+import forked
 import torch
 import yaml
 from safetensors import safe_open
@@ -75,13 +74,7 @@ def configuration(paths, *, method="pcb", parameters=None, per_model=None, **ext
 def run(command, *arguments, check=True, **environment):
     """Run a console script of this environment, as a user would."""
     script = pathlib.Path(sys.executable).with_name(command)
-    result = subprocess.run(
-        [str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
-        check=False,
-    )
+    result = forked.run(script, arguments, environment)
     if check and result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout}\n{result.stderr}")
     return result

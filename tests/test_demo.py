@@ -1,45 +1,72 @@
 """The demo, shortened: real training, real commands, measured losses."""
 
+import json
 import math
-import re
+import shutil
 
 import pytest
 from checkpoints import run, tensors
+from click.testing import CliRunner
 from conftest import pieces  # noqa: F401 - puts tests/ on the path before torch starts threads
 from reference import pcb as reference
 
-from mergekit_pcb.tools import demo
+from mergekit_pcb.tools import demo, demo_page, small_llama
+from mergekit_pcb.tools.cli import main
+
+STEPS = ("--base-steps", "80", "--expert-steps", "40")
 
 
-def test_demo_trains_merges_measures(tmp_path):
-    directory = tmp_path / "demo"
-    result = run("mergekit-pcb", "demo", directory, "--base-steps", "80", "--expert-steps", "40")
-    rows = [
-        line.split()
-        for line in result.stdout.splitlines()
-        if re.match(r"(base|expert|merged)", line)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A demo's folder, and what it printed."""
+    directory = tmp_path_factory.mktemp("demo") / "made"
+    return directory, run("mergekit-pcb", "demo", directory, "--seed", "3", *STEPS).stdout
+
+
+def test_what_is_printed_is_what_was_measured(made):
+    directory, printed = made
+    results = demo.Results.model_validate_json((directory / demo.RESULTS).read_text())
+    assert json.loads((directory / demo.RESULTS).read_text())["lower_is_better"] is True
+    assert results.seed == 3
+    assert [(row.name, row.kind) for row in results.rows] == [
+        ("base", "base"),
+        *((f"expert on {task}", "expert") for task in demo.TASKS),
+        *((method, "merge") for method in demo.METHODS),
     ]
-    assert [" ".join(row[:-5]) for row in rows] == [
-        "base",
-        *(f"expert on {name}" for name in demo.EXPERTS),
-        *(f"merged by {name}" for name in demo.METHODS),
-    ]
-    losses = [[float(cell.rstrip("*")) for cell in row[-5:]] for row in rows]
-    for row in losses:
-        assert row[-1] == pytest.approx(sum(row[:-1]) / 4, abs=2e-3)
-        assert all(math.isfinite(loss) and loss > 0 for loss in row)
-    assert min(losses[0]) < math.log(demo.VOCABULARY)  # better than guessing, somewhere
-    # Training was real: each expert beats the base on its own domain.
-    for position in range(len(demo.EXPERTS)):
-        assert losses[1 + position][position] < losses[0][position]
+    for row in results.rows:
+        assert list(row.tasks) == list(demo.TASKS)
+        assert row.mean == pytest.approx(sum(row.tasks.values()) / len(demo.TASKS))
+        values = (*row.tasks.values(), row.mean, row.general)
+        assert all(math.isfinite(value) and value > 0 for value in values)
+        (line,) = (line for line in demo_page.table(results) if line.startswith(row.name + "  "))
+        assert [float(cell.rstrip("*")) for cell in line[20:].split()] == [
+            pytest.approx(value, abs=5.1e-4) for value in values
+        ]
+    expected = [*demo_page.table(results), *demo_page.sentences(results)]
+    expected += (directory / "pcb.yml").read_text().splitlines()
+    for line in expected:
+        assert line in printed
+    assert (directory / demo.PICTURE).read_bytes()[1:4] == b"PNG"
+    assert all((directory / name).exists() for name in demo.made())
 
+
+def test_training_is_real(made):
+    """The base has learned something, and each expert beats it on its own task."""
+    results = demo.Results.model_validate_json((made[0] / demo.RESULTS).read_text())
+    base = results.row("base")
+    assert base.general < math.log(small_llama.VOCABULARY)  # better than guessing
+    for task in demo.TASKS:
+        assert results.row(f"expert on {task}").tasks[task] < base.tasks[task]
+
+
+def test_the_merge_is_a_model(made):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    directory, _ = made
     model = AutoModelForCausalLM.from_pretrained(directory / "merged-pcb")
-    text = "import torch"
-    ids = AutoTokenizer.from_pretrained(directory / "merged-pcb")(text, return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(directory / "merged-pcb")("import", return_tensors="pt")
     assert model(input_ids=ids["input_ids"]).logits.isfinite().all()
-    folders = ["base", *(demo._folder(name) for name in demo.EXPERTS)]
+    folders = ["base", *(demo.folder_of(task) for task in demo.TASKS)]
     base, *experts = [tensors(directory / folder) for folder in folders]
     merged = tensors(directory / "merged-pcb")
     for name, tensor in base.items():
@@ -50,8 +77,119 @@ def test_demo_trains_merges_measures(tmp_path):
         assert beyond.sum() <= max(1, 3e-4 * tensor.numel()), name
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """A demo without its minutes: what it would do is told, or goes wrong as a test says."""
+
+    def do(train=lambda *_: None, merge=lambda *_: None):
+        monkeypatch.setattr(small_llama, "train", train)
+        monkeypatch.setattr(demo, "_merge", merge)
+
+    return do
+
+
+def ask(*arguments):
+    result = CliRunner().invoke(main, ["demo", *map(str, arguments)])
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_force_replaces_a_demo_alone(
+    made, tmp_path, untrained
+):
+    mine = tmp_path / "demo"
+    shutil.copytree(made[0], mine)
+    (mine / "mine.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
+    result = ask(mine)
+    assert result.exit_code == 1
+    assert "--force" in result.output
+    assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before
+
+    def merge(directory, method):
+        shutil.copytree(directory / "base", directory / f"merged-{method}")
+
+    untrained(merge=merge)
+    result = ask(mine, "--force")
+    assert result.exit_code == 0, result.output
+    assert (mine / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in mine.iterdir()) == sorted([*demo.made(), "mine.txt"])
+    (tmp_path / "file").write_text("mine")
+    assert "it is a file" in ask(tmp_path / "file", "--force").output
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("where", ["training", "merging"])
+def test_what_was_made_is_removed_when_it_is_stopped(tmp_path, untrained, where, keep):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    untrained(**{"train" if where == "training" else "merge": stop})
+    result = ask(tmp_path / "demo", *["--keep"] * keep)
+    assert result.exit_code == 1
+    assert "interrupted" in result.output
+    assert (tmp_path / "demo").exists() == keep
+    assert (tmp_path / "demo" / "base").exists() == (keep and where == "merging")
+
+
+def test_a_merge_that_fails_is_told_and_nothing_is_left(tmp_path, untrained, monkeypatch):
+    untrained(merge=demo._merge)
+    monkeypatch.setitem(demo.METHODS, "ties", {"density": "much"})
+    (tmp_path / "demo").mkdir()
+    result = ask(tmp_path / "demo")
+    assert result.exit_code == 1
+    assert "cannot merge by ties" in result.output
+    assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_no_room_and_no_permission_are_told_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.os, "access", lambda *_: False)
+    assert "may not be written" in ask(tmp_path / "a" / "demo").output
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        demo.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20)
+    )
+    assert "1 MB are free" in ask(tmp_path / "a" / "demo").output
+    assert not (tmp_path / "a").exists()
+
+
+def results(**losses):
+    rows = [
+        demo.Row(
+            name=name,
+            kind={"base": "base", "expert on c++": "expert"}.get(name, "merge"),
+            mean=sum(values) / 3,
+            tasks=dict(zip(demo.TASKS, values, strict=True)),
+            general=1.0,
+            error=0.0 if name == "pcb" else 0.25,
+        )
+        for name, values in losses.items()
+    ]
+    return demo.Results(seed=0, rows=rows)
+
+
+BEHIND = results(
+    base=(4.0, 4.0, 4.0), **{"expert on c++": (2.0, 5.0, 5.0)}, ties=(3, 3, 3), pcb=(3.5, 3.5, 3.5)
+)
+
+
 def test_the_table_marks_the_lowest_of_each_column():
-    rows = [demo.Row("a", (1.0, 2.0, 3.0, 4.0)), demo.Row("b", (2.0, 1.0, 3.5, 3.0))]
-    lines = demo.table(rows).splitlines()
-    assert lines[2].split()[1:] == ["1.000*", "2.000", "3.000*", "4.000", "2.500"]
-    assert lines[3].split()[1:] == ["2.000", "1.000*", "3.500", "3.000*", "2.375*"]
+    cells = [line[20:].split() for line in demo_page.table(BEHIND)[2:]]
+    assert cells[1] == ["2.000*", "5.000", "5.000", "4.000", "1.000*"]
+    assert cells[2] == ["3.000", "3.000*", "3.000*", "3.000*", "1.000*"]
+
+
+def test_a_result_against_pcb_is_said_as_one_for_it():
+    said = demo_page.sentences(BEHIND)
+    assert "  0.500 ± 0.250 below the base" in said
+    assert "  0.500 ± 0.250 below the best expert, that on c++" in said
+    assert "  0.500 ± 0.250 above ties" in said
+
+
+def test_bars_have_colours_on_a_terminal_alone(monkeypatch):
+    lines = list(demo_page.bars(BEHIND))
+    assert len(lines) == 1 + 3
+    assert lines[-1].endswith("+0.500")
+    assert "\x1b[" in lines[-1]  # click takes it out where there is no terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not any("\x1b[" in line for line in demo_page.bars(BEHIND))

@@ -139,7 +139,9 @@ ARROWS = {
         "tools.check_text",
     },
     "tools.counts": {"core.merge", "core.refine", "core.vectors", "host.method"},
-    "tools.demo": {"errors"},
+    "tools.small_llama": {"errors"},
+    "tools.demo": {"errors", "files", "tools.small_llama"},
+    "tools.demo_page": {"tools.demo", "tools.figures"},
     "tools.figures": {"errors", "tools.counts"},
     "tools.page": {"tools.counts", "tools.figures"},  # the first only for type checkers
     "tools.report": {"errors", "files", "host.planning", "tools.counts"},
@@ -213,6 +215,7 @@ ARROWS = {
         "tools.cli_options",
         "tools.cli_search",
         "tools.demo",
+        "tools.demo_page",
         "tools.figures",
         "tools.page",
         "tools.report",

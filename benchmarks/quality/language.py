@@ -34,7 +34,7 @@ from benchmarks.quality.suite import (
     train,
 )
 from benchmarks.quality.work import NOTHING_KEPT, Work
-from mergekit_pcb.tools import demo
+from mergekit_pcb.tools import small_llama
 
 TASKS = ("python", "c++", "prose", "json")
 #: What the base learns from.
@@ -62,7 +62,7 @@ class Predictor(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.llama = demo.new_model()
+        self.llama = small_llama.new_model()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.llama(input_ids=tokens).logits[:, :-1]
@@ -78,12 +78,14 @@ def build(
     """Train the base, and its experts at each distance; ``seed`` decides on weights and batches."""
     general = texts("general", GENERAL_CHARACTERS)
     files = {task: parts_of(texts(task), general) for task in TASKS}
-    tokenizer = demo.new_tokenizer([text for parts in files.values() for text in parts["train"]])
+    tokenizer = small_llama.new_tokenizer(
+        [text for parts in files.values() for text in parts["train"]]
+    )
     tokens = {
-        split: {task: demo.sequences(tokenizer, files[task][split]) for task in TASKS}
+        split: {task: small_llama.sequences(tokenizer, files[task][split]) for task in TASKS}
         for split in SPLITS
     }
-    trained_on = {**tokens["train"], "general": demo.sequences(tokenizer, general)}
+    trained_on = {**tokens["train"], "general": small_llama.sequences(tokenizer, general)}
     torch.manual_seed(seed)
     model = Predictor()
 
@@ -111,7 +113,9 @@ def build(
         for split, part in tokens.items()
     }
     elsewhere = {
-        kind: _batches(spread(demo.sequences(tokenizer, found(pattern)), schedule.looked_at.test))
+        kind: _batches(
+            spread(small_llama.sequences(tokenizer, found(pattern)), schedule.looked_at.test)
+        )
         for kind, pattern in ELSEWHERE.items()
     }
     for distance in distances:
@@ -140,7 +144,7 @@ def texts(kind: str, characters: int = CHARACTERS) -> list[str]:
     import transformers
 
     if kind in ("python", "c++"):
-        return demo.texts(kind, CHARACTERS_PER_FILE, characters)
+        return small_llama.texts(kind, CHARACTERS_PER_FILE, characters)
     folder, pattern, written = {
         "general": (pathlib.Path(transformers.__file__).parent, "**/*.py", _source),
         "prose": (pathlib.Path(torch.__file__).parent, "**/*.py", _documentation),
@@ -154,7 +158,7 @@ def texts(kind: str, characters: int = CHARACTERS) -> list[str]:
         if not left_out & set(file.relative_to(folder).parts)
     ]
     random.Random(kind).shuffle(modules)  # noqa: S311 - not for secrets
-    return demo.up_to(characters, map(written, modules), CHARACTERS_PER_FILE)
+    return small_llama.up_to(characters, map(written, modules), CHARACTERS_PER_FILE)
 
 
 def _source(module: pathlib.Path) -> str:

@@ -1,7 +1,7 @@
 """A score for `mergekit-pcb search`: the negative mean loss of a model on files of its kinds.
 
-For the models of `mergekit-pcb demo`, on installed Python, C++ and prose that the demo does not
-train on. The last number printed is the score.
+For the models of `mergekit-pcb demo`, on installed C++, stubs of Python and fields of packages that
+the demo does not train on. The last number printed is the score.
 
     mergekit-pcb search pcb.yml --evaluate 'python examples/python/score.py {model}' -o best.yml
 """
@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SITE = pathlib.Path(sysconfig.get_path("purelib"))
 KINDS = {
-    "python": sorted(SITE.glob("torch/nn/**/*.py")),
     "c++": sorted(SITE.glob("torch/include/ATen/ops/*.h")),
-    "prose": sorted(SITE.glob("*.dist-info/**/LICENSE*")),
+    "stubs": sorted(SITE.glob("torch/**/*.pyi")),
+    "metadata": sorted(SITE.glob("*.dist-info/WHEEL")),
 }
 FILES = 40
 CHARACTERS_PER_FILE = 2_000

@@ -190,27 +190,36 @@ def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(path_type=pathlib.Path))
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Replace what an earlier demo left, and nothing else.")
+@click.option("--keep", is_flag=True, help="Keep what was made if it is stopped or fails.")
 @click.option("--base-steps", type=click.IntRange(1), help="Training steps of the base model.")
 @click.option("--expert-steps", type=click.IntRange(1), help="Training steps of each expert.")
-def demo(directory: pathlib.Path, base_steps: int | None, expert_steps: int | None) -> None:
-    """Train a small Llama and three experts, merge them, print what came out.
+def demo(
+    directory: pathlib.Path,
+    seed: int,
+    force: bool,
+    keep: bool,
+    base_steps: int | None,
+    expert_steps: int | None,
+) -> None:
+    """Train a small Llama and three experts, merge them, show what came out.
 
-    Needs no network and no GPU, about two minutes on two cores, and writes 30 MB to
-    DIRECTORY, which must be new or empty.
+    Needs no network and no GPU, about 75 seconds on two cores, and writes 40 MB to DIRECTORY,
+    which must be new or empty: models, configurations, results.json, and results.png where
+    matplotlib is installed.
 
     Example: mergekit-pcb demo demo
     """
-    from mergekit_pcb.tools import demo
+    from mergekit_pcb.tools import demo, demo_page
 
     given = {"base_steps": base_steps, "expert_steps": expert_steps}
     schedule = demo.Schedule(**{name: steps for name, steps in given.items() if steps})
     try:
-        rows = demo.run(directory, schedule)
+        results = demo.run(directory, schedule, seed, force=force, keep=keep)
+        picture = demo_page.draw(results, directory)
     except OSError as error:
         reason = error.strerror or str(error)
         raise PCBError(f"write the demo to {directory}", reason, "name another") from None
-    click.echo(demo.table(rows))
-    click.echo("* lowest of its column. Measured just now; a demonstration, not a benchmark.")
-    click.echo(
-        f"The merged checkpoint is {directory / 'merged-pcb'}, made from {directory / 'pcb.yml'}."
-    )
+    for line in demo_page.page(results, directory, picture):
+        click.echo(line)

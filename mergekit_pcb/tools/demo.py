@@ -1,298 +1,311 @@
-"""The demo: train a small Llama and three experts of it, merge them, measure what came out.
+"""The demo: a base that has read prose alone, three experts that learn a format each, and merges.
 
-Everything is made on the spot from text that every installation of mergekit already has.
-It shows the way from checkpoints to a merged model; how good a method is, a model trained
-for half a minute cannot show.
+Everything is trained on the spot, from text that every installation of mergekit already has, and
+merged by the stock ``mergekit-yaml``. One small model: it shows what merging is for, and which
+method is best it cannot show.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import pathlib
-import random
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import write_text
+from mergekit_pcb.tools import small_llama
 
-EXPERTS = ("python", "c++", "prose")
-# Nobody specialises in the last one: it shows what a merge costs elsewhere.
-DOMAINS = (*EXPERTS, "json")
-# Each method as its authors publish it; what they leave open is left at its default.
+#: What the base learns, and what each expert does.
+GENERAL = "prose"
+TASKS = ("c++", "stubs", "metadata")
+#: Each method as its authors publish it; what they leave open is left at its default.
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weight": 1.0},
-    "ties": {"density": 0.2, "weight": 1.0},
-    "pcb": {"density": 0.1, "weight": 1.0, "lambda": 1.0},
+    "task_arithmetic": {"weight": 1.0, "lambda": 0.4},
+    "ties": {"weight": 1.0, "density": 0.2},
+    "pcb": {"weight": 1.0, "density": 0.1, "lambda": 1.0},
 }
-
-VOCABULARY = 512
-CONTEXT = 128
-BATCH = 16
-WARM_UP_STEPS = 20
-TEXT_PER_DOMAIN = 1 << 20
-TEXT_PER_FILE = 20_000
 HELD_OUT_SHARE = 0.1
 HELD_OUT_SEQUENCES = 64
+#: Bytes that the models take, with some to spare.
+LEAST_DISK = 100 << 20
+RESULTS, PICTURE = "results.json", "results.png"
+#: A configuration to go on with.
+REFINED = "refined.yml"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; rates fall along a cosine."""
+    """How long and how fast to train."""
 
-    base_steps: int = 320
+    base_steps: int = 240
     base_rate: float = 3e-3
-    expert_steps: int = 60
-    expert_rate: float = 3e-4
+    expert_steps: int = 70
+    expert_rate: float = 2e-3
+
+
+class Row(BaseModel):
+    """The loss of one model: per task, their mean, and on what the base was trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["base", "expert", "merge"]
+    mean: float
+    tasks: dict[str, float]
+    general: float
+    #: Of the mean's difference to that of ``pcb``: one standard error over held-out texts.
+    error: float
+
+
+class Results(BaseModel):
+    """What the demo measured, as ``results.json`` holds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str = "loss on held-out text, in nats per token"
+    lower_is_better: bool = True
+    seed: int
+    rows: list[Row]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
 
 
 @dataclass(frozen=True)
-class Row:
-    """The loss of one model on every domain's held-out text, in nats per token."""
+class Text:
+    """Token sequences ``[any, context]`` to train on and to measure with."""
 
-    model: str
-    losses: tuple[float, ...]
-
-    @property
-    def average(self) -> float:
-        return sum(self.losses) / len(self.losses)
+    train: torch.Tensor
+    held_out: torch.Tensor
 
 
-@dataclass
-class Domain:
-    """Token sequences of shape [any, CONTEXT], to train on and to measure with."""
+def run(
+    directory: pathlib.Path,
+    schedule: Schedule,
+    seed: int = 0,
+    *,
+    force: bool = False,
+    keep: bool = False,
+) -> Results:
+    """Train, merge and measure in ``directory``.
 
-    train: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    held_out: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-def run(directory: pathlib.Path, schedule: Schedule) -> list[Row]:
-    """Train, merge and measure in ``directory``, which must be new or empty.
-
-    Leaves there ``base`` and one folder per expert, and for each method a configuration
-    and the merged checkpoint it makes. The global generators of ``torch`` are left as they
-    were. Raises :class:`PCBError`.
+    Leaves there ``base`` and one folder per expert, for each method a configuration and the
+    checkpoint it makes, and ``results.json``. ``force`` replaces what an earlier demo left, and
+    nothing else. If it is stopped or fails, what it made is removed, unless ``keep``. The global
+    generators of ``torch`` are left as they were. Raises :class:`PCBError`.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    refuse_unless_ready(directory, force)
+    with _removed_on_failure(directory, keep):
+        for name in made():
+            _remove(directory / name)
+        directory.mkdir(parents=True, exist_ok=True)
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        with torch.random.fork_rng(devices=[]):
+            texts = _train_all(directory, schedule, seed)
+        _merge_all(directory)
+        results = Results(seed=seed, rows=_measure_all(directory, texts))
+        write_text(directory / RESULTS, results.model_dump_json(indent=2) + "\n")
+    return results
+
+
+def made() -> list[str]:
+    """The names of all that a demo leaves in its folder."""
+    experts = [folder_of(task) for task in TASKS]
+    merges = [f"merged-{method}" for method in METHODS]
+    files = [*(f"{method}.yml" for method in METHODS), REFINED, RESULTS, PICTURE]
+    return ["base", *experts, *merges, *files]
+
+
+def folder_of(task: str) -> str:
+    return "expert-" + task.replace("+", "p")
+
+
+def refuse_unless_ready(directory: pathlib.Path, force: bool) -> None:
+    """Raise :class:`PCBError` unless the folder may be written, and there is room for it."""
+    what = f"write the demo to {directory}"
+    if directory.exists() and not directory.is_dir():
+        raise PCBError(what, "it is a file", "name a directory")
+    if directory.exists() and any(directory.iterdir()) and not force:
         raise PCBError(
-            f"write the demo to {directory}",
+            what,
             "something is there already",
-            "name a directory that is new or empty",
+            "name a directory that is new or empty, or let an earlier demo be replaced by --force",
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    directory = directory.resolve()
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        held_out = _train_all(directory, schedule)
-    for method in METHODS:
-        _merge(directory, method)
-    return _measure_all(directory, held_out)
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text, the lowest loss of every column marked."""
-    header = f"{'loss on held-out text':<22}" + "".join(f"{d:>10}" for d in (*DOMAINS, "average"))
-    lines = [header, "-" * len(header)]
-    columns = [(*row.losses, row.average) for row in rows]
-    best = [min(column) for column in zip(*columns, strict=True)]
-    for row, values in zip(rows, columns, strict=True):
-        cells = (f"{v:>9.3f}{'*' if v == b else ' '}" for v, b in zip(values, best, strict=True))
-        lines.append(f"{row.model:<22}" + "".join(cells))
-    return "\n".join(lines)
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PCBError(what, f"{there} may not be written", "name another directory")
+    free = shutil.disk_usage(there).free
+    if free < LEAST_DISK:
+        raise PCBError(
+            what,
+            f"it takes {LEAST_DISK >> 20} MB, and {free >> 20} MB are free below {there}",
+            "make room, or name another directory",
+        )
 
 
-def _train_all(directory: pathlib.Path, schedule: Schedule) -> dict[str, torch.Tensor]:
-    tokenizer, domains = _tokenize({domain: texts(domain) for domain in DOMAINS})
-    model = new_model()
-    steps = schedule.base_steps + len(EXPERTS) * schedule.expert_steps
+@contextlib.contextmanager
+def _removed_on_failure(directory: pathlib.Path, keep: bool) -> Iterator[None]:
+    was_there = directory.exists()
+    try:
+        yield
+    except BaseException as error:
+        if not keep:
+            for name in made():
+                _remove(directory / name)
+            if not was_there and directory.exists() and not any(directory.iterdir()):
+                directory.rmdir()
+        if isinstance(error, KeyboardInterrupt):
+            left = f"{directory} keeps what was made" if keep else "what was made is removed"
+            raise PCBError(
+                "finish the demo", f"it was interrupted; {left}", "run it again"
+            ) from None
+        raise
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _train_all(directory: pathlib.Path, schedule: Schedule, seed: int) -> dict[str, Text]:
+    tokenizer, texts = _tokenized()
+    torch.manual_seed(seed * (len(TASKS) + 1))
+    model = small_llama.new_model()
+    steps = schedule.base_steps + len(TASKS) * schedule.expert_steps
     with tqdm(total=steps, unit="step") as progress:
 
-        def train(name: str, data: torch.Tensor, steps: int, rate: float) -> None:
+        def train(name: str, text: str, steps: int, rate: float) -> None:
             progress.set_description(f"training {name}")
-            _train(model, data, steps, rate, progress.update)
+            small_llama.train(model, texts[text].train, steps, rate, progress.update)
             model.save_pretrained(directory / name)
             tokenizer.save_pretrained(directory / name)
 
-        mixture = torch.cat([domain.train for domain in domains.values()])
-        train("base", mixture, schedule.base_steps, schedule.base_rate)
+        train("base", GENERAL, schedule.base_steps, schedule.base_rate)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        for name in EXPERTS:
+        for number, task in enumerate(TASKS, 1):
+            torch.manual_seed(seed * (len(TASKS) + 1) + number)
             model.load_state_dict(start)
-            train(_folder(name), domains[name].train, schedule.expert_steps, schedule.expert_rate)
-    return {name: domain.held_out for name, domain in domains.items()}
+            train(folder_of(task), task, schedule.expert_steps, schedule.expert_rate)
+    return texts
 
 
-def texts(domain: str, per_file: int = TEXT_PER_FILE, total: int = TEXT_PER_DOMAIN) -> list[str]:
-    """Text of one domain from the files of this installation, in an order of its own.
-
-    ``per_file`` and ``total`` are numbers of characters. Raises :class:`PCBError`.
-    """
-    packages = pathlib.Path(sysconfig.get_path("purelib"))
-    sources: dict[str, Callable[[], Iterable[pathlib.Path]]] = {
-        "python": lambda: pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"),
-        "c++": lambda: _headers(pathlib.Path(torch.__file__).parent / "include"),
-        "prose": lambda: packages.glob("*.dist-info/METADATA"),
-        "json": lambda: packages.glob("*/**/*.json"),
-    }
-    ordered = sorted(sources[domain]())
-    random.Random(domain).shuffle(ordered)  # noqa: S311 - not for secrets
-    written = (file.read_text(encoding="utf-8", errors="ignore") for file in ordered)
-    if domain == "prose":  # the description after the fields
-        written = (text.partition("\n\n")[2] for text in written)
-    found = up_to(total, written, per_file)
-    size = sum(map(len, found))
-    if size < TEXT_PER_DOMAIN // 8:
-        raise PCBError(
-            f"find enough {domain} text for the demo",
-            f"the installed packages hold only {size} characters of it",
-            "install torch and mergekit from their wheels in this environment",
-        )
-    return found
-
-
-def up_to(total: int, texts: Iterable[str], per_text: int) -> list[str]:
-    """The beginnings of texts, of ``per_text`` characters, until there are ``total``."""
-    found: list[str] = []
-    size = 0
-    for text in texts:
-        found.append(text[:per_text])
-        size += len(found[-1])
-        if size >= total:
-            break
-    return found
-
-
-def _headers(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All headers but thousands that are generated and much the same."""
-    return [file for file in folder.glob("**/*.h") if file.parent != folder / "ATen" / "ops"]
-
-
-def new_tokenizer(texts: Iterable[str]) -> Any:
-    """A byte-level tokenizer of ``VOCABULARY`` tokens, trained on these texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def sequences(tokenizer: Any, files: Sequence[str]) -> torch.Tensor:
-    """All tokens of the files one after another, as ``[any, CONTEXT]``."""
-    ids = [token for encoding in tokenizer.encode_batch(files) for token in encoding.ids]
-    return torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
-
-
-def _tokenize(texts: dict[str, list[str]]) -> tuple[Any, dict[str, Domain]]:
+def _tokenized() -> tuple[Any, dict[str, Text]]:
+    """The tokenizer, and the texts of each kind; no file is both trained on and held out."""
     from transformers import PreTrainedTokenizerFast
 
-    split = {name: math.ceil(len(files) * (1 - HELD_OUT_SHARE)) for name, files in texts.items()}
-    tokenizer = new_tokenizer(
-        [text for name, files in texts.items() for text in files[: split[name]]]
+    files = {kind: small_llama.texts(kind) for kind in (GENERAL, *TASKS)}
+    split = {kind: math.ceil(len(some) * (1 - HELD_OUT_SHARE)) for kind, some in files.items()}
+    tokenizer = small_llama.new_tokenizer(
+        [text for kind, some in files.items() for text in some[: split[kind]]]
     )
-    domains = {
-        name: Domain(
-            sequences(tokenizer, files[: split[name]]),
-            sequences(tokenizer, files[split[name] :])[:HELD_OUT_SEQUENCES],
+    texts = {
+        kind: Text(
+            small_llama.sequences(tokenizer, some[: split[kind]]),
+            _spread(small_llama.sequences(tokenizer, some[split[kind] :])),
         )
-        for name, files in texts.items()
+        for kind, some in files.items()
     }
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), domains  # noqa: S106 - no password
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), texts  # noqa: S106 - no password
 
 
-def new_model() -> Any:
-    """A small Llama of random weights, for ``VOCABULARY`` tokens and ``CONTEXT`` of them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+def _spread(sequences: torch.Tensor) -> torch.Tensor:
+    """Of all held-out files, not of the first ones alone."""
+    return sequences[:: max(1, len(sequences) // HELD_OUT_SEQUENCES)][:HELD_OUT_SEQUENCES]
 
 
-def _train(
-    model: Any, sequences: torch.Tensor, steps: int, rate: float, tick: Callable[[], Any]
-) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))
-    for step in range(steps):
-        warm = min(1.0, (step + 1) / WARM_UP_STEPS)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        batch = sequences[torch.randint(len(sequences), (BATCH,))]
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        tick()
+def _merge_all(directory: pathlib.Path) -> None:
+    """Write each method's configuration, and run the stock ``mergekit-yaml`` on it, two at once."""
+    for method, parameters in METHODS.items():
+        _configure(directory, f"{method}.yml", method, parameters)
+    _configure(directory, REFINED, "pcb", {**METHODS["pcb"], "refine": "solve"})
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(METHODS), unit="merge") as progress:
+        progress.set_description("merging with mergekit-yaml")
+        for _ in pool.map(lambda method: _merge(directory, method), METHODS):
+            progress.update()
 
 
-def _merge(directory: pathlib.Path, method: str) -> None:
-    """Write the method's configuration and run the stock ``mergekit-yaml`` on it."""
-    config = directory / f"{method}.yml"
-    base = {} if method == "linear" else {"base_model": str(directory / "base")}
+def _configure(directory: pathlib.Path, file: str, method: str, parameters: dict[str, Any]) -> None:
+    base = {} if method == "linear" else {"base_model": str(directory.resolve() / "base")}
     document = {
         "merge_method": method,
         **base,
-        "models": [{"model": str(directory / _folder(expert))} for expert in EXPERTS],
-        "parameters": METHODS[method],
+        "models": [{"model": str(directory.resolve() / folder_of(task))} for task in TASKS],
+        "parameters": parameters,
         "dtype": "float32",
     }
-    config.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    write_text(directory / file, yaml.safe_dump(document, sort_keys=False))
+
+
+def _merge(directory: pathlib.Path, method: str) -> None:
     stock = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
     command = [stock] if stock else [sys.executable, "-m", "mergekit_pcb", "yaml"]
-    command += [str(config), str(directory / f"merged-{method}")]
-    tqdm.write(f"$ mergekit-yaml {config} {command[-1]}")
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if result.returncode:
+    command += [str(directory / f"{method}.yml"), str(directory / f"merged-{method}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
         raise PCBError(
-            f"merge with {method}",
-            f"mergekit-yaml said: {result.stderr.strip().splitlines()[-1]}",
-            f"run it again on {config} to see all of it",
+            f"merge by {method}",
+            f"mergekit-yaml said: {said[-1]}",
+            f"run it again with --keep, and {' '.join(command)} to see all of it",
         )
 
 
-def _measure_all(directory: pathlib.Path, held_out: dict[str, torch.Tensor]) -> list[Row]:
+def _measure_all(directory: pathlib.Path, texts: dict[str, Text]) -> list[Row]:
     from transformers import LlamaForCausalLM
 
-    models = {"base": "base", **{f"expert on {expert}": _folder(expert) for expert in EXPERTS}}
-    models |= {f"merged by {method}": f"merged-{method}" for method in METHODS}
-    rows = []
-    for name, folder in tqdm(models.items(), desc="measuring", unit="model"):
+    names: dict[str, tuple[Literal["base", "expert", "merge"], str]] = {
+        "base": ("base", "base"),
+        **{f"expert on {task}": ("expert", folder_of(task)) for task in TASKS},
+        **{method: ("merge", f"merged-{method}") for method in METHODS},
+    }
+    losses = {}
+    for name, (_, folder) in tqdm(names.items(), desc="measuring", unit="model"):
         model = LlamaForCausalLM.from_pretrained(directory / folder)
-        rows.append(Row(name, tuple(_loss(model, held_out[domain]) for domain in DOMAINS)))
-    return rows
+        losses[name] = {kind: _losses(model, text.held_out) for kind, text in texts.items()}
+    return [_row(name, names[name][0], losses[name], losses["pcb"]) for name in names]
+
+
+def _row(
+    name: str,
+    kind: Literal["base", "expert", "merge"],
+    losses: dict[str, torch.Tensor],
+    of_pcb: dict[str, torch.Tensor],
+) -> Row:
+    tasks = {task: float(losses[task].mean()) for task in TASKS}
+    variances = [float((losses[t] - of_pcb[t]).var() / len(losses[t])) for t in TASKS]
+    return Row(
+        name=name,
+        kind=kind,
+        mean=sum(tasks.values()) / len(TASKS),
+        tasks=tasks,
+        general=float(losses[GENERAL].mean()),
+        error=math.sqrt(sum(variances)) / len(TASKS),
+    )
 
 
 @torch.no_grad()
-def _loss(model: Any, sequences: torch.Tensor) -> float:
-    return float(model.eval()(input_ids=sequences, labels=sequences).loss)
-
-
-def _folder(expert: str) -> str:
-    return "expert-" + expert.replace("+", "p")
+def _losses(model: Any, sequences: torch.Tensor) -> torch.Tensor:
+    """Of each sequence, per token: ``[sequences]``, in float64."""
+    logits = model.eval()(input_ids=sequences).logits[:, :-1].transpose(1, 2)
+    found = torch.nn.functional.cross_entropy(logits, sequences[:, 1:], reduction="none")
+    return found.double().mean(1)

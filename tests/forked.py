@@ -1,0 +1,77 @@
+"""Console scripts in children of one process that has imported torch and mergekit already.
+
+Most of a small merge's time goes to its imports. A child of such a process has them, the start-up
+file's work included, and is otherwise a process like any other. Where imports, environments or
+start-up themselves are tested, a script is started anew.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+
+#: Imported once, before the first script is run.
+PRELOADED = [
+    "mergekit.scripts.run_yaml",
+    "mergekit.scripts.multimerge",
+    "mergekit.scripts.merge_raw_pytorch",
+    "mergekit.plan",
+    "transformers",
+]
+#: What differs from test to test, and is read by no import.
+TRANSIENT = ("PYTEST_CURRENT_TEST", "COLUMNS", "NO_COLOR")
+#: Threads of torch in every script.
+THREADS = {"OMP_NUM_THREADS": "2"}
+
+_at_start = {}
+
+
+def run(script, arguments, environment):
+    """Run a script of this environment as ``subprocess.run`` would, with its output as text."""
+    command = [str(script), *map(str, arguments)]
+    whole = {**os.environ, **THREADS, **environment}
+    if environment or not _can_fork():
+        return subprocess.run(command, capture_output=True, text=True, env=whole, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        said = [pathlib.Path(folder, name) for name in ("out", "err")]
+        child = multiprocessing.get_context("forkserver").Process(
+            target=_script, args=(command, pathlib.Path.cwd(), whole, said)
+        )
+        child.start()
+        child.join()
+        out, err = (file.read_text(encoding="utf-8") if file.exists() else "" for file in said)
+    return subprocess.CompletedProcess(command, child.exitcode, out, err)
+
+
+def _can_fork():
+    """Whether the process that is forked was started in the environment of now."""
+    if sys.platform != "linux":
+        return False
+    now = {name: value for name, value in os.environ.items() if name not in TRANSIENT}
+    if not _at_start:
+        _at_start.update(now)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        before = os.environ.copy()
+        os.environ.update(THREADS)
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    return now == _at_start
+
+
+def _script(command, folder, environment, said):
+    """In the child: become the script."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, file in zip((1, 2), said, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = command
+    sys.path[0] = str(pathlib.Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
