@@ -1,6 +1,8 @@
 """What README and docs say can be run is run, and what they quote is what is there."""
 
+import importlib.util
 import re
+import shlex
 
 import pytest
 import torch
@@ -8,8 +10,11 @@ import yaml
 from checkpoints import run, save_family, tensors, tiny_llama
 from conftest import DOCUMENTS, ROOT
 from reference import pcb as reference
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 import mergekit_pcb.host.method
+from mergekit_pcb.tools import small_llama
 
 TEXTS = {path: path.read_text() for path in DOCUMENTS}
 LINKS = [
@@ -19,10 +24,37 @@ LINKS = [
 ]
 
 
+#: Beginnings of commands in the documents that no test of this folder runs as they stand, and why.
+NOT_RUN = {
+    "python3 -m venv": "it takes a fresh environment; .ci/run makes one and runs pytest in it",
+    "pip install": "the same",
+    "pytest": "this is it",
+    "ruff": "part of .ci/run",
+    "mypy": "the same",
+    "mkdocs serve": "it does not end; .ci/run builds the site",
+    "mergekit-yaml pcb.yml merged --cuda": "the first configuration is run without --cuda below",
+    "mergekit-pytorch ia3.yml": "test_families.py merges (IA)³ adapters this way",
+    "mv merged": "the same",
+    "cp adapters": "the same",
+    "python examples/python/adamerge.py": "test_examples.py runs it",
+}
+
+
 def blocks(language, *names):
     """All blocks of a language, in the documents of these names or in all."""
     texts = [text for path, text in TEXTS.items() if not names or path.name in names]
-    return [b for text in texts for b in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+    return [block for text in texts for block in blocks_of(language, text)]
+
+
+def blocks_of(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands():
+    """The commands of all documents, without what is remarked on them."""
+    told = blocks("sh") + blocks_of("sh", (ROOT / "CONTRIBUTING.md").read_text())
+    lines = "\n".join(told).replace(" && ", "\n").splitlines()
+    return [command for line in lines if (command := line.partition("  #")[0].strip())]
 
 
 def test_the_first_configuration_and_command(tmp_path, monkeypatch):
@@ -94,6 +126,15 @@ def test_what_is_turned_is_what_there_is():
         assert str(specified[name]) == default, name
 
 
+def test_the_interface_is_that_of_the_docstrings():
+    spec = importlib.util.spec_from_file_location("interface", ROOT / "docs" / "interface.py")
+    interface = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(interface)
+    assert TEXTS[ROOT / "docs" / "interface.md"] == interface.page(), "python docs/interface.py"
+    shown = {thing.__name__ for thing in interface.THINGS}
+    assert set(mergekit_pcb.__all__) - {"__version__"} <= shown
+
+
 def test_the_formulas_are_what_the_package_computes():
     """The four lines, transcribed once more, in float64 on whole vectors."""
     (lines,) = [block for block in blocks("text") if "tanh" in block]
@@ -113,24 +154,44 @@ def test_yaml_blocks_are_configurations():
         assert yaml.safe_load(block)["merge_method"] == "pcb"
 
 
-def test_every_command_exists_with_its_options():
-    from mergekit_pcb.tools.cli import main
-
-    lines = "\n".join(blocks("sh")).replace("&&", "\n").splitlines()
-    lines = [line.partition("  #")[0] for line in lines]
-    ours = [line.strip() for line in lines if line.strip().startswith("mergekit-pcb")]
-    assert {line.split()[1] for line in ours} == {
+def test_every_command_is_run_or_said_why_not(tmp_path, monkeypatch):
+    """Those of the tools: on models as the pages name them, the search with two trials."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tokenizer = small_llama.new_tokenizer(["a tokenizer of bytes"])
+    for path in save_family("models", tiny_llama(vocabulary=300), tasks=2):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    (tmp_path / "adapters" / "code").mkdir(parents=True)
+    adapter = {"base_model.model.layer.ia3_l": torch.ones(4)}
+    save_file(adapter, "adapters/code/adapter_model.safetensors")
+    (text,) = blocks("yaml", "README.md")
+    text = text.replace("models/code", "models/expert0").replace("models/math", "models/expert1")
+    ran = set()
+    for command in commands():
+        if any(command.startswith(beginning) for beginning in NOT_RUN) or command.startswith("."):
+            continue
+        words = shlex.split(command)
+        if words[1] == "search":
+            words += ["--budget", "2"]
+        whole = "  scope: model\n" if words[1] == "measure" else ""
+        (tmp_path / "pcb.yml").write_text(text.replace("parameters:\n", f"parameters:\n{whole}"))
+        if words[1] != "demo" and tuple(words) not in ran:  # test_demo.py runs that
+            run(*words)
+        ran.add(tuple(words))
+    assert {words[1] for words in ran} == {
         "check", "demo", "identity-adapter", "measure", "report", "search"
     }  # fmt: skip
-    for line in ours:
-        command = main.commands[line.split()[1]]
-        known = {option for parameter in command.params for option in parameter.opts}
-        for option in re.findall(r" (--?[a-z]+)", line.split("'")[0] + line.split("'")[-1]):
-            assert option in known, line
+    for file in ("identity.safetensors", "report/report.html", "statistics.json", "best.yml"):
+        assert (tmp_path / file).exists()
+
+
+def test_reasons_are_of_commands_that_are_there():
+    for beginning in NOT_RUN:
+        assert any(command.startswith(beginning) for command in commands()), beginning
 
 
 def test_the_python_of_the_tools_runs():
-    (block,) = [block for block in blocks("python") if "adamerge" in block]
+    (block,) = [block for block in blocks("python", "python.md") if "adamerge" in block]
     model = torch.nn.Linear(6, 3)
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     experts = [{n: t + 0.1 * torch.randn(t.shape) for n, t in base.items()} for _ in range(2)]
