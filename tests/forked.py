@@ -22,7 +22,12 @@ PRELOADED = [
     "transformers",
 ]
 #: What differs from test to test, and is read by no import.
-TRANSIENT = ("PYTEST_CURRENT_TEST", "COLUMNS", "NO_COLOR")
+TRANSIENT = (
+    "PYTEST_CURRENT_TEST",
+    "NO_COLOR",
+    "TORCHINDUCTOR_CACHE_DIR",  # these two are set by imports
+    "HF_XET_HIGH_PERFORMANCE",
+)
 #: Threads of torch in every script.
 THREADS = {"OMP_NUM_THREADS": "2"}
 
@@ -33,7 +38,7 @@ def run(script, arguments, environment):
     """Run a script of this environment as ``subprocess.run`` would, with its output as text."""
     command = [str(script), *map(str, arguments)]
     whole = {**os.environ, **THREADS, **environment}
-    if environment or not _can_fork():
+    if set(environment) - set(THREADS) or not _can_fork():
         return subprocess.run(command, capture_output=True, text=True, env=whole, check=False)
     with tempfile.TemporaryDirectory() as folder:
         said = [pathlib.Path(folder, name) for name in ("out", "err")]
@@ -72,6 +77,9 @@ def _script(command, folder, environment, said):
     os.chdir(folder)
     for number, file in zip((1, 2), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    import torch
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = command
     sys.path[0] = str(pathlib.Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")

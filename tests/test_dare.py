@@ -313,6 +313,7 @@ def test_a_tensor_some_models_lack_has_the_mask_of_their_position(tmp_path, fami
 # --- Through the commands -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_files_are_identical_to_the_byte_whatever_runs_them(tmp_path, scope):
     """Hash seeds, threads, shards, orders, generators and commands."""

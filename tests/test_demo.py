@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import filelock
 import pytest
 from checkpoints import run, tensors
 from click.testing import CliRunner
@@ -13,14 +14,20 @@ from reference import pcb as reference
 from mergekit_pcb.tools import demo, demo_page, small_llama
 from mergekit_pcb.tools.cli import main
 
-STEPS = ("--base-steps", "80", "--expert-steps", "40")
+STEPS = ("--base-steps", "40", "--expert-steps", "20")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A demo's folder, and what it printed."""
-    directory = tmp_path_factory.mktemp("demo") / "made"
-    return directory, run("mergekit-pcb", "demo", directory, "--seed", "3", *STEPS).stdout
+def made(tmp_path_factory, worker_id):
+    """A demo's folder, and what it printed; made once for all of pytest's workers."""
+    place = tmp_path_factory.getbasetemp()
+    place = place if worker_id == "master" else place.parent
+    directory, printed = place / "the demo", place / "printed"
+    with filelock.FileLock(place / "demo.lock"):
+        if not printed.exists():
+            said = run("mergekit-pcb", "demo", directory, "--seed", "3", *STEPS).stdout
+            printed.write_text(said, encoding="utf-8")
+    return directory, printed.read_text(encoding="utf-8")
 
 
 def test_what_is_printed_is_what_was_measured(made):
@@ -84,6 +91,7 @@ def untrained(monkeypatch):
     def do(train=lambda *_: None, merge=lambda *_: None):
         monkeypatch.setattr(small_llama, "train", train)
         monkeypatch.setattr(demo, "_merge", merge)
+        monkeypatch.setattr(demo, "HELD_OUT_SEQUENCES", 2)
 
     return do
 

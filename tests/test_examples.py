@@ -95,6 +95,7 @@ def test_every_example_says_in_two_lines_when_to_use_it(example):
     assert not third.startswith("#")
 
 
+@pytest.mark.slow
 def test_adamerging_gains_over_the_coefficients_it_starts_from():
     """The example of one seed, with the documentation's command."""
     script = ROOT / "examples" / "python" / "adamerge.py"

@@ -145,6 +145,7 @@ def test_no_file_is_in_two_parts(few_files):
     assert any(encoder._split(str(n), 0) != encoder._split(str(n), 1) for n in range(99))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_files", "tiny")
 def test_a_record_of_the_small_tier(tmp_path, monkeypatch):
     """Everything that is done with the real encoder, and its tables; twice the same digits."""

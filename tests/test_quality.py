@@ -303,6 +303,7 @@ def test_rules_for_lambda_of_experts_that_are_known(suite):
         assert all(value == pytest.approx(1.0) for value in rule(case, merged).values())
 
 
+@pytest.mark.slow
 def test_no_text_is_in_two_parts():
     general = language.texts("general", language.GENERAL_CHARACTERS)
     for task in language.TASKS:

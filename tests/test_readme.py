@@ -154,6 +154,7 @@ def test_yaml_blocks_are_configurations():
         assert yaml.safe_load(block)["merge_method"] == "pcb"
 
 
+@pytest.mark.slow
 def test_every_command_is_run_or_said_why_not(tmp_path, monkeypatch):
     """Those of the tools: on models as the pages name them, the search with two trials."""
     monkeypatch.chdir(tmp_path)

@@ -116,6 +116,7 @@ def run_score(place, folder):
     return float(said.split()[-1])
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes_and_repeats_nothing(place):
     script = pathlib.Path(sys.executable).with_name("mergekit-pcb")
     process = subprocess.Popen(

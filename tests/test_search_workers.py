@@ -545,6 +545,7 @@ def test_a_study_of_ones_own_brings_its_sampler_and_pruner():
     assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED"] * 3
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_is_gone_is_taken_over(place):
     """With the values that it had got so far."""
     job_folder = place / "best.search"

@@ -310,6 +310,7 @@ def measured(tmp_path, family):
     return statistics, config
 
 
+@pytest.mark.slow
 def test_a_sweep_over_measured_statistics_gives_the_bits_of_merges_that_measure(
     tmp_path, family, measured
 ):
