@@ -20,14 +20,12 @@ PRELOADED = [
     "mergekit.scripts.merge_raw_pytorch",
     "mergekit.plan",
     "transformers",
+    "optuna",
+    "matplotlib.figure",
 ]
-#: What differs from test to test, and is read by no import.
-TRANSIENT = (
-    "PYTEST_CURRENT_TEST",
-    "NO_COLOR",
-    "TORCHINDUCTOR_CACHE_DIR",  # these two are set by imports
-    "HF_XET_HIGH_PERFORMANCE",
-)
+#: Beginnings of the variables that imports read; one of them is set by an import.
+READ = ("CUDA", "HF_", "HOME", "LD_", "MERGEKIT", "OMP", "PATH", "PYTHON", "TMPDIR", "XDG")
+SET = "HF_XET_HIGH_PERFORMANCE"
 #: Threads of torch in every script.
 THREADS = {"OMP_NUM_THREADS": "2"}
 
@@ -55,7 +53,7 @@ def _can_fork():
     """Whether the process that is forked was started in the environment of now."""
     if sys.platform != "linux":
         return False
-    now = {name: value for name, value in os.environ.items() if name not in TRANSIENT}
+    now = {n: v for n, v in os.environ.items() if n.startswith(READ) and n != SET}
     if not _at_start:
         _at_start.update(now)
         context = multiprocessing.get_context("forkserver")

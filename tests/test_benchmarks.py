@@ -11,7 +11,12 @@ from conftest import ROOT
 @pytest.mark.parametrize(
     ("module", "options", "printed"),
     [
-        ("kernel", ["--rows", "64", "--columns", "64", "--runs", "1"], r"\| released algorithm \|"),
+        pytest.param(
+            "kernel",
+            ["--rows", "64", "--columns", "64", "--runs", "1"],
+            r"\| released algorithm \|",
+            marks=pytest.mark.slow,
+        ),
         (
             "refine",
             ["--shape", "64", "64", "--runs", "1"],

@@ -14,7 +14,7 @@ from reference import pcb as reference
 from mergekit_pcb.tools import demo, demo_page, small_llama
 from mergekit_pcb.tools.cli import main
 
-STEPS = ("--base-steps", "40", "--expert-steps", "20")
+STEPS = ("--base-steps", "25", "--expert-steps", "15")
 
 
 @pytest.fixture(scope="module")

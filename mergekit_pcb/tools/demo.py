@@ -51,9 +51,9 @@ REFINED = "refined.yml"
 class Schedule:
     """How long and how fast to train."""
 
-    base_steps: int = 240
+    base_steps: int = 160
     base_rate: float = 3e-3
-    expert_steps: int = 70
+    expert_steps: int = 50
     expert_rate: float = 2e-3
 
 
