@@ -381,12 +381,14 @@ def test_looking_for_a_module_does_not_use_the_hook_up():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_modules_the_hook_waits_for_run_as_scripts():
     for module in ("mergekit.evo.genome", "mergekit.scripts.merge_raw_pytorch"):
         result = python("", "-m", module)
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_register_is_a_complete_installation_where_the_hook_is_switched_off(tmp_path, family):
     config, out = tmp_path / "c.yml", tmp_path / "out"
     config.write_text(yaml.safe_dump(configuration(family, parameters={"scope": "model"})))

@@ -30,6 +30,7 @@ def made(tmp_path_factory, worker_id):
     return directory, printed.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_is_printed_is_what_was_measured(made):
     directory, printed = made
     results = demo.Results.model_validate_json((directory / demo.RESULTS).read_text())
@@ -57,6 +58,7 @@ def test_what_is_printed_is_what_was_measured(made):
     assert all((directory / name).exists() for name in demo.made())
 
 
+@pytest.mark.slow
 def test_training_is_real(made):
     """The base has learned something, and each expert beats it on its own task."""
     results = demo.Results.model_validate_json((made[0] / demo.RESULTS).read_text())
@@ -66,6 +68,7 @@ def test_training_is_real(made):
         assert results.row(f"expert on {task}").tasks[task] < base.tasks[task]
 
 
+@pytest.mark.slow
 def test_the_merge_is_a_model(made):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,6 +105,7 @@ def ask(*arguments):
     return result
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused_and_force_replaces_a_demo_alone(
     made, tmp_path, untrained
 ):
@@ -140,6 +144,7 @@ def test_what_was_made_is_removed_when_it_is_stopped(tmp_path, untrained, where,
     assert (tmp_path / "demo" / "base").exists() == (keep and where == "merging")
 
 
+@pytest.mark.slow
 def test_a_merge_that_fails_is_told_and_nothing_is_left(tmp_path, untrained, monkeypatch):
     untrained(merge=demo._merge)
     monkeypatch.setitem(demo.METHODS, "ties", {"density": "much"})

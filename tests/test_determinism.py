@@ -27,7 +27,14 @@ def peak_bytes(action):
     return peak + numpy_peak
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+    ],
+)
 def test_bits_do_not_depend_on_chunks_or_threads(dtype):
     tensors = models(10, (331, 31), dtype=dtype, size=0.3)  # tanh leaves its linear part
     threads = torch.get_num_threads()

@@ -162,6 +162,7 @@ def test_a_node_that_is_not_given_what_was_measured_refuses():
         node.execute({model: torch.randn(9, 7) for model in models})
 
 
+@pytest.mark.slow
 def test_a_host_that_plans_otherwise_is_said_once_and_refused(tmp_path, family):
     """A later mergekit, played by one more parameter of its planner."""
     folder = tmp_path / "later"

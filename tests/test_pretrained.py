@@ -198,6 +198,7 @@ def test_a_docstring_finds_its_function(tiny):
         assert torch.equal(model(*inputs).argmax(-1), labels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_files", "tiny")
 def test_a_task_that_nothing_is_learned_of_is_none(monkeypatch):
     schedule = experiments.TIERS["small"].efforts["encoder"].schedule

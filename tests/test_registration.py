@@ -252,6 +252,7 @@ def test_install_and_uninstall_leave_nothing_behind(environment, tmp_path, optio
     python(ABSENT, executable=executable)
 
 
+@pytest.mark.slow
 def test_half_removed_or_broken_installations_do_not_disturb_anyone(environment, tmp_path):
     executable, site = environment
     install(executable, tmp_path)

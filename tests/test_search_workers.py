@@ -110,7 +110,9 @@ def wait_for(file, search):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("storage", [None, "sqlite:///trials.db"])
+@pytest.mark.parametrize(
+    "storage", [None, pytest.param("sqlite:///trials.db", marks=pytest.mark.slow)]
+)
 def test_processes_join_one_study(place, storage):
     """Both try trials at the same time: each waits, in its first, for the other's."""
     meet = "echo $PPID >> met; for i in $(seq 600); do "
@@ -461,6 +463,7 @@ def test_without_matplotlib_a_search_says_so_and_ends_well(place, monkeypatch): 
     assert not pathlib.Path("best.png").exists()
 
 
+@pytest.mark.slow
 def test_who_leaves_first_leaves_what_others_need(place):
     """A search of a smaller budget ends while one of a larger budget goes on."""
     meet = "echo x >> begun; for i in $(seq 600); do test -e go && break; sleep 0.1; done; "

@@ -51,7 +51,7 @@ def in_two_processes(tmp_path, config, **more):
     return found
 
 
-@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("scope", ["tensor", pytest.param("model", marks=pytest.mark.slow)])
 def test_two_processes_write_equal_files_that_equal_the_reference(tmp_path, paths, scope):
     parameters = {"scope": scope, "dare_density": 0.5, "density": 0.2, "seed": 4}
     config = configuration(paths, parameters=parameters, tokenizer={"source": "union"})
@@ -70,6 +70,7 @@ def test_two_processes_write_equal_files_that_equal_the_reference(tmp_path, path
         assert_equal_states(first[0], expected, states[0])
 
 
+@pytest.mark.slow
 def test_a_document_measured_in_one_process_fits_the_merge_in_another(tmp_path, paths):
     parameters = {"scope": "model", "dare_density": 0.5, "density": 0.2}
     config = configuration(paths, parameters=parameters, tokenizer={"source": "union"})
