@@ -120,7 +120,7 @@ def _attempt(act: Callable[[ModuleType], None], module: ModuleType) -> None:
         import warnings
 
         warnings.warn(
-            f"cannot provide all of merge_method: pcb; because {type(error).__name__}: {error}; "
+            f"cannot provide all of merge_method: pcb, because {type(error).__name__}: {error}; "
             "install mergekit 0.1.5 and mergekit-pcb anew, or uninstall mergekit-pcb",
             RuntimeWarning,
             stacklevel=2,

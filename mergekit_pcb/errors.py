@@ -27,7 +27,7 @@ class PCBError(click.ClickException, ValueError):
     """
 
     def __init__(self, cannot: str, because: str, remedy: str) -> None:
-        super().__init__(printable(f"cannot {cannot}; because {because}; {remedy}."))
+        super().__init__(printable(f"cannot {cannot}, because {because}; {remedy}."))
         self.beats = (cannot, because, remedy)
 
     def __reduce__(self) -> tuple[type[PCBError], tuple[str, str, str]]:

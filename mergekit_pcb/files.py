@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and their sizes in words."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ def check_target(path: pathlib.Path) -> None:
             raise PCBError(f"write {path}", "it is no ordinary file", "name another")
     except OSError as error:
         raise PCBError(f"write {path}", one_line(error), "name another file") from None
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    from tqdm import tqdm
+
+    return tqdm.format_sizeof(count, suffix="B")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

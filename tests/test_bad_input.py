@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import yaml
-from checkpoints import configuration, save_family, tensors, tiny_llama
+from checkpoints import configuration, merge, save_family, tensors, tiny_llama
 from click.testing import CliRunner
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import mergekit_pcb
 
-THREE_BEATS = re.compile(r"^Error: cannot [^;]+; because [^;]+; .+\.$", re.MULTILINE)
+THREE_BEATS = re.compile(r"^Error: cannot [^;]+, because [^;]+; .+\.$", re.MULTILINE)
 
 
 def refused(tmp_path, config, command=mergekit_yaml):
@@ -132,8 +132,8 @@ def in_memory(**changes):
     ("changes", "message"),
     [
         ({"base_index": None}, r"no.* base model, and none is given|none is given"),
-        ({"parameters": {"density": [0.1, 1.5]}}, r"use density: 1.5; because"),
-        ({"parameters": {"weight": {"a": 1.0, "b": None}}}, r"use weight: None; because"),
+        ({"parameters": {"density": [0.1, 1.5]}}, r"use density: 1.5, because"),
+        ({"parameters": {"weight": {"a": 1.0, "b": None}}}, r"use weight: None, because"),
     ],
 )
 def test_in_memory_mistakes_are_value_errors(changes, message):
@@ -144,7 +144,7 @@ def test_in_memory_mistakes_are_value_errors(changes, message):
 
 def test_in_memory_shapes_and_integers():
     with pytest.raises(
-        mergekit_pcb.PCBError, match=r"w; because it has shape \(2,\) in 0 but \(3,\)"
+        mergekit_pcb.PCBError, match=r"w, because it has shape \(2,\) in 0 but \(3,\)"
     ):
         merge_tensors([torch.ones(2), torch.ones(3)], "pcb", base_index=0, name="w")
     with pytest.raises(mergekit_pcb.PCBError, match=r"it holds torch.int64, and task vectors need"):
@@ -157,7 +157,7 @@ def test_an_error_survives_the_way_between_processes():
     import pickle
 
     error = mergekit_pcb.PCBError("a", "b", "c")
-    assert str(pickle.loads(pickle.dumps(error))) == "cannot a; because b; c."
+    assert str(pickle.loads(pickle.dumps(error))) == "cannot a, because b; c."
 
 
 def test_own_command_refuses_a_directory_in_use(tmp_path):
@@ -168,3 +168,24 @@ def test_own_command_refuses_a_directory_in_use(tmp_path):
     assert result.exit_code == 1
     assert THREE_BEATS.search(result.output)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-pytorch"])
+def test_parameters_that_mergekit_would_ignore_in_silence_are_warned_of(tmp_path, family, command):
+    per_model = [{"wieght": 1.0}, {"lambda": 2.0}, {}]
+    paths = family
+    if command == "mergekit-pytorch":
+        paths = [tmp_path / f"{path.name}.safetensors" for path in family]
+        for path, source in zip(paths, family, strict=True):
+            save_file(tensors(source), path)
+    config = configuration(paths, parameters={"desnity": 0.3}, per_model=per_model)
+    _, result = merge(tmp_path, config, command=command)
+    for said in (
+        f"{paths[1]}: unknown parameter wieght; did you mean weight?",
+        f"{paths[2]}: lambda is ignored here; write it at the top level",
+        "unknown parameter desnity; did you mean density?",
+    ):
+        assert result.stderr.count(said) == 1, result.stderr
+    _, result = merge(tmp_path / "sound", configuration(paths), command=command)
+    assert "ignored" not in result.stderr
+    assert "unknown parameter" not in result.stderr

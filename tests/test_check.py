@@ -45,6 +45,9 @@ def test_a_sound_configuration(tmp_path, family):
     assert outlook == {
         "scope": "tensor",
         "tasks": 3,
+        "kept": {
+            str(path): {"density": [0.2, 0.2], "dare_density": [1.0, 1.0]} for path in family[1:]
+        },
         "tensors": len(states[0]),
         "elements": size // 4,
         "input_bytes": 4 * size,
@@ -62,13 +65,26 @@ def test_in_words(tmp_path, family):
     config = configuration(family, parameters={"scope": "model"})
     file.write_text(yaml.safe_dump(config))
     result = run("mergekit-pcb", "check", file)
-    first, second, third, fourth = result.stdout.splitlines()
+    first, second, kept, third, fourth = result.stdout.splitlines()
     assert first == "no mistakes found"
     assert "3 tasks, scope: model" in second
+    assert kept == "each task keeps 10 % of its elements"
     assert "of checkpoints 3 times, twice of it to measure; writes " in third
     assert re.fullmatch(
         r"the largest tensor, model\.layers\.\d\.mlp.*, takes \d+kB to merge", fourth
     )
+
+
+def test_what_is_kept_is_told_of_each_task_where_they_differ(tmp_path, family):
+    file = tmp_path / "config.yml"
+    per_model = [{"dare_density": 0.4}, {}, {"density": [0.1, 0.3]}]
+    file.write_text(yaml.safe_dump(configuration(family, per_model=per_model)))
+    said = run("mergekit-pcb", "check", file).stdout.splitlines()
+    assert said[2:5] == [
+        f"{family[1]} keeps 10 % of its elements, chosen among the 40 % that DARE leaves at random",
+        f"{family[2]} keeps 10 % of its elements",
+        f"{family[3]} keeps 10 to 30 % of its elements",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +106,8 @@ def test_in_words(tmp_path, family):
         ("top", {"density": 0.2}, "top level: density stands beside `parameters:`"),
         ("top", {"dtyp": "float32"}, "top level: mergekit ignores dtyp; did you mean dtype?"),
         ("top", {"merge_method": "ties"}, "ties is not what this command checks"),
-        ("top", {"base_model": "./nowhere"}, "plan: there is no ./nowhere"),
+        ("top", {"base_model": "./nowhere"}, "base_model: there is no ./nowhere"),
+        ("model", {"model": "./nowhere"}, "models[1]: there is no ./nowhere"),
         (
             "top",
             {"base_model": None},
@@ -106,7 +123,7 @@ def test_mistakes(tmp_path, family, place, change, complaint):
     target[place].update(change)
     (found,) = errors(tmp_path, config)
     assert complaint in found
-    if place == "model":
+    if place == "model" and "model" not in change:
         assert f"models[1] ({family[2]})" in found
 
 

@@ -96,7 +96,7 @@ def test_tools_name_the_damaged_file(tmp_path, paths, damage, command):
     result = CliRunner().invoke(cli.main, [command, str(config), *map(str, options)])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1, result.output
-    assert result.output.count(f"cannot read {file}; because") == 1, result.output
+    assert result.output.count(f"cannot read {file}, because") == 1, result.output
     work = tmp_path / "out.search"
     assert {path for path in set(tmp_path.rglob("*")) - before if work not in path.parents} <= {
         work
@@ -112,7 +112,7 @@ def test_a_merge_that_measures_names_it_too(tmp_path, paths, damage):
     out, result = merge(tmp_path / "m", config, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert f"cannot read {file}; because" in result.stderr.splitlines()[-1]
+    assert f"cannot read {file}, because" in result.stderr.splitlines()[-1]
     assert not out.exists()
 
 
@@ -129,7 +129,7 @@ def test_single_files(tmp_path, paths, kind):
     result = run("mergekit-pcb", "measure", config, "-o", tmp_path / "s.json", check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert f"cannot read {files[1]}; because" in result.stderr
+    assert f"cannot read {files[1]}, because" in result.stderr
 
 
 # --- Names ----------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_a_search_on_a_full_disk(tmp_path, blocks):
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert re.search(THREE_BEATS, result.stderr), result.stderr
-    assert f"cannot write to {tmp_path / 'best.search'}; because" in result.stderr
+    assert f"cannot write to {tmp_path / 'best.search'}, because" in result.stderr
     assert not list((tmp_path / "best.search" / "trials").glob("*"))
     done = run("mergekit-pcb", *command[1:])
     assert "best.yml: score 1 in trial 1" in done.stdout
@@ -442,7 +442,7 @@ def test_outputs_replace_neither_inputs_nor_what_is_no_file(tmp_path, small, com
     more = ["--evaluate", "echo {model} 1"] if command == "search" else []
     result = invoked(command, config, "-o", output, *more)
     assert result.exit_code == 1
-    assert f"cannot write {output}; because it " in result.output
+    assert f"cannot write {output}, because it " in result.output
     assert {file: file.read_bytes() for file in before} == before
     assert (tmp_path / "fifo").is_fifo()
 
@@ -548,7 +548,7 @@ def test_a_dtype_that_mergekit_does_not_know(tmp_path, small, scope):
     made = configuration(files, parameters={"scope": "model"}, dtype="bf16")
     config.write_text(yaml.safe_dump(made))
     result = invoked("measure", config, "-o", tmp_path / f"{scope}.json")
-    assert "cannot use dtype: bf16; because mergekit knows no such dtype" in result.output
+    assert "cannot use dtype: bf16, because mergekit knows no such dtype" in result.output
 
 
 def test_check_knows_the_dtypes_that_mergekit_knows(small):

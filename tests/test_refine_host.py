@@ -421,7 +421,7 @@ def test_a_merge_without_a_plan_is_refused():
     group = TensorGroup.from_tensors([torch.ones(2, 2), torch.zeros(2, 2)], base_index=0, name="w")
     values = method._bind_parameters([group], {"refine": "solve"})
     del values[0]["known"]
-    with pytest.raises(PCBError, match="refine or spectrum for tensor w; because this merge was"):
+    with pytest.raises(PCBError, match="refine or spectrum for tensor w, because this merge was"):
         method._execute_resolved([group], values)
 
 
@@ -460,7 +460,7 @@ def test_a_matrix_that_is_too_large_is_refused_before_anything_is_read(
     config = configuration(family, parameters={"refine": "solve"})
     sentence = refused(tmp_path, config)
     assert (
-        "refine tensor model.layers.0.mlp.down_proj.weight; because its 32 × 96 matrix" in sentence
+        "refine tensor model.layers.0.mlp.down_proj.weight, because its 32 × 96 matrix" in sentence
     )
     file = tmp_path / "config.yml"
     result = CliRunner().invoke(cli.main, ["check", str(file)])

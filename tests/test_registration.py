@@ -268,7 +268,7 @@ def test_half_removed_or_broken_installations_do_not_disturb_anyone(environment,
     (package / "host" / "method.py").write_text("def broken")
     result = python(linear, executable=executable)
     assert result.stderr.count("RuntimeWarning") == 1
-    assert "cannot provide all of merge_method: pcb; because SyntaxError" in result.stderr
+    assert "cannot provide all of merge_method: pcb, because SyntaxError" in result.stderr
     (package / "host" / "method.py").unlink()
     assert "because ModuleNotFoundError" in python(linear, executable=executable).stderr
     (package / "host" / "method.py").write_text(method)

@@ -376,7 +376,7 @@ def test_combining_with_another_number_of_weights_is_refused():
     with pytest.raises(mergekit_pcb.PCBError, match="3 contributions with 2 weights"):
         mergekit_pcb.combine(base, parts, [1.0, 2.0])
     with pytest.raises(
-        mergekit_pcb.PCBError, match="cannot combine a list; because it does not say"
+        mergekit_pcb.PCBError, match="cannot combine a list, because it does not say"
     ):
         mergekit_pcb.combine(base, list(parts), [1.0] * len(parts))
     own = mergekit_pcb.Contributions(list(parts))

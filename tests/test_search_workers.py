@@ -387,8 +387,8 @@ def test_what_needs_a_merge_of_its_own_is_searched(place):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--gpus", "0"], "cannot use --gpus 0; because there is no 0: torch sees 0 here"),
-        (["--search", "anchor"], "cannot search anchor; because it holds `refine: solve`"),
+        (["--gpus", "0"], "cannot use --gpus 0, because there is no 0: torch sees 0 here"),
+        (["--search", "anchor"], "cannot search anchor, because it holds `refine: solve`"),
         (["--score", "a=r.json"], "it is not NAME=FILE:KEY"),
         (["--score", "a={model}/r:k", "--lower", "a={model}/r:l"], "two scores have one name"),
         (["--score", "a={model}/r:k", "--minimize"], "each has a direction of its own"),
@@ -487,7 +487,7 @@ def test_a_locked_database_is_told(place):
         other.execute("CREATE TABLE mine (x)")
         other.execute("BEGIN EXCLUSIVE")
         said = refused(*arguments("--storage", "sqlite:///trials.db"))
-    assert "cannot open the study in sqlite:///trials.db; because" in said
+    assert "cannot open the study in sqlite:///trials.db, because" in said
     assert "locked" in said
 
 
@@ -511,7 +511,7 @@ def test_a_score_waits_for_a_storage_that_is_away(place, monkeypatch, times):
         assert (place / "scored").read_text().split() == ["x"] * 3
     else:
         said = refused(*words)
-        assert "cannot write down that trial 2 scored [7.0]; because its disk is away" in said
+        assert "cannot write down that trial 2 scored [7.0], because its disk is away" in said
         monkeypatch.undo()
         monkeypatch.chdir(place)
         assert invoked(*words).exit_code == 0

@@ -127,6 +127,7 @@ ARROWS = {
         "core.rules",
         "core.vectors",
         "errors",
+        "files",
         "host.advice",
         "host.groups",
         "host.inputs",

@@ -274,7 +274,7 @@ def test_nan_names_model_and_tensor(tmp_path):
     state["model.norm.weight"][3] = float("nan")
     save_file(state, paths[2] / "model.safetensors", metadata={"format": "pt"})
     sentence = refused(tmp_path, configuration(paths, parameters={"scope": "model"}))
-    assert f"tensor model.norm.weight; because {paths[2]} holds NaN" in sentence
+    assert f"tensor model.norm.weight, because {paths[2]} holds NaN" in sentence
 
 
 def test_a_tensor_some_inputs_lack_is_named_and_merged_all_the_same(tmp_path, family):
@@ -362,7 +362,7 @@ def test_documents_that_do_not_fit_are_refused(tmp_path, measured):
         statistics.write_text(text)
         wanted = {**config, "parameters": {**config["parameters"], **parameters}}
         sentence = refused(tmp_path, wanted)
-        assert f"use statistics {statistics}; because" in sentence
+        assert f"use statistics {statistics}, because" in sentence
         return sentence
 
     assert "measured with density 0.2 for" in complaint(good, density=0.3)
@@ -466,7 +466,7 @@ def test_configurations_nobody_can_use_end_in_a_sentence(tmp_path, family, text,
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
     assert complaint in result.output
-    assert re.search(r"^Error: cannot .*; because .*; .*\.$", result.output, re.MULTILINE)
+    assert re.search(r"^Error: cannot .*, because .*; .*\.$", result.output, re.MULTILINE)
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_measuring(tmp_path, family, monkeypatch):
@@ -481,7 +481,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_measuring(tmp_path, f
     for output in (tmp_path / "missing" / "s.json", "/dev/null"):
         result = CliRunner().invoke(main, ["measure", str(file), "-o", str(output)])
         assert result.exit_code == 1
-        assert f"cannot write {output}; because" in result.output
+        assert f"cannot write {output}, because" in result.output
 
 
 def test_vocabulary_settings_are_part_of_what_was_measured(tmp_path):

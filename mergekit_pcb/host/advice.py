@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from mergekit.common import ModelReference
+from pydantic import BaseModel
 
 from mergekit_pcb.errors import printable
 from mergekit_pcb.host import refined
 from mergekit_pcb.host.inputs import loaders
-from mergekit_pcb.host.parameters import density_remarks
+from mergekit_pcb.host.parameters import density_remarks, ignored
 from mergekit_pcb.host.plan import Plan
 
 LOG = logging.getLogger(__name__)
@@ -29,11 +31,26 @@ BUFFERS = (
 )
 
 
-def give(plan: Plan) -> None:
+def give(plan: Plan, configuration: BaseModel) -> None:
     """Log every remark, unless the tool that planned prints them itself."""
     if getattr(plan.options, "advise", True):
-        for remark in remarks(plan).values():
+        for remark in (*ignored_in(configuration.model_dump()), *remarks(plan).values()):
             LOG.warning(printable(remark))
+
+
+def ignored_in(part: Any) -> Iterator[str]:
+    """Parameters, anywhere in a configuration, that mergekit ignores without a word."""
+    if isinstance(part, dict):
+        model = part.get("model")
+        for name in part.get("parameters") or ():
+            if wrong := ignored(name, per_model=model is not None):
+                yield f"{f'{ModelReference.model_validate(model)}: ' if model else ''}{wrong}"
+        for name, inner in part.items():
+            if name != "parameters":
+                yield from ignored_in(inner)
+    elif isinstance(part, (list, tuple)):
+        for inner in part:
+            yield from ignored_in(inner)
 
 
 def remarks(plan: Plan) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -66,8 +67,28 @@ PARAMETERS = tuple(
 )
 SPECS = {spec.name: spec for spec in PARAMETERS}
 
+_OF_A_MODEL = {spec.name for spec in PARAMETERS if spec.scope == _TASK}
+
 #: Values of one tensor: shared ones by name, those of the tasks by name and task.
 Values = Mapping[str, Any]
+
+
+def ignored(name: Any, *, per_model: bool) -> str | None:
+    """What is wrong with a parameter of this name, under a model or not; mergekit is silent."""
+    if name not in SPECS:
+        return f"unknown parameter {name}{suggestion(name, SPECS)}"
+    if per_model and name not in _OF_A_MODEL:
+        return f"{name} is ignored here; write it at the top level"
+    return None
+
+
+def suggestion(name: Any, known: Iterable[str]) -> str:
+    """How a sentence on an unknown name goes on: with what may be meant, or with what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return "; pcb knows " + ", ".join(SPECS) if set(known) == set(SPECS) else ""
 
 
 def recipe_of(

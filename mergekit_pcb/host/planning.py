@@ -21,6 +21,7 @@ from mergekit.graph import Executor, Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
+from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import advice, damage, refined, vocabulary
@@ -59,7 +60,7 @@ def wrap_planner(module: ModuleType) -> None:
             self._tokenizer_task = vocabulary.planned(self._tokenizer_task, self.config)
         original(self)
         weights, tasks = zip(*self._tensors, strict=True) if self._tensors else ((), ())
-        self._tensors = list(zip(weights, _planned(tasks, self.options), strict=True))
+        self._tensors = list(zip(weights, _planned(tasks, self.options, self.config), strict=True))
         if self._tokenizer_task is not None:
             self._tokenizer_task = vocabulary.SavedTokenizer(tokenizer_task=self._tokenizer_task)
         return None
@@ -87,7 +88,7 @@ def wrap_raw_planner(module: ModuleType) -> None:
         if not isinstance(merge_methods.get(config.merge_method), PCBMerge):
             return targets
         saves = [target for target in targets if isinstance(target, SaveTensor)]
-        nodes = _planned([save.tensor_task for save in saves], options)
+        nodes = _planned([save.tensor_task for save in saves], options, config)
         ours = [
             save.model_copy(update={"tensor_task": node})
             for save, node in zip(saves, nodes, strict=True)
@@ -115,12 +116,12 @@ def _expect(function: Callable[..., Any], parameters: list[str]) -> None:
         raise RuntimeError("mergekit's ExecuteMergeMethodTask has other fields than in 0.1.5")
 
 
-def _planned(tasks: Any, options: MergeOptions) -> list[MergeTensor]:
+def _planned(tasks: Any, options: MergeOptions, configuration: BaseModel) -> list[MergeTensor]:
     if not tasks:
         return []
     plan = Plan(tasks, options)
     refined.refuse_too_large(plan)
-    advice.give(plan)
+    advice.give(plan, configuration)
     return nodes_of(plan)
 
 

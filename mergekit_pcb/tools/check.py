@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, working_dtype
 from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
+from mergekit_pcb.files import size
 from mergekit_pcb.host import advice, refined, whole_model
 from mergekit_pcb.host.groups import check_shapes
 from mergekit_pcb.host.inputs import Inputs, group_of
@@ -39,11 +40,20 @@ from mergekit_pcb.tools.check_text import (
 )
 
 
+class Kept(BaseModel):
+    """Fractions of a task vector's elements, the least and the most of any tensor."""
+
+    density: tuple[float, float]
+    dare_density: tuple[float, float]
+
+
 class Outlook(BaseModel):
     """What the merge would do; sizes are in bytes."""
 
     scope: str
     tasks: int
+    #: What is kept of the task vector of each model.
+    kept: dict[str, Kept]
     tensors: int
     elements: int
     #: Of all checkpoints together, once.
@@ -109,9 +119,11 @@ def _check_stages(report: Report, text: str, options: Any) -> None:
 
 def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> None:
     """Plan the merge and look at the shapes and dtypes of its inputs."""
-    for path in named_models(document):
-        if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
-            report.error("plan", f"there is no {path}")
+    places = [("base_model", {"base_model": document.get("base_model")})]
+    for where, entry in [*places, *((where, entry) for where, entry, _ in entries(document))]:
+        for path in named_models({k: v for k, v in entry.items() if k in ("model", "base_model")}):
+            if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
+                report.error(where.split(" (")[0], f"there is no {path}")
     if report.errors > 0:
         return
     try:
@@ -202,6 +214,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
     return Outlook(
         scope=plan.scope,
         tasks=len(plan.models),
+        kept=_kept(plan),
         tensors=len(plan.tasks),
         elements=elements,
         input_bytes=read,
@@ -213,6 +226,18 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         refined_flops=operations,
         refined_seconds=operations / _flops_per_second(plan.device) if operations else 0.0,
     )
+
+
+def _kept(plan: Plan) -> dict[str, Kept]:
+    found: dict[str, dict[str, list[float]]] = {}
+    for values in plan.values():
+        for name in Kept.model_fields:
+            for model, fraction in values[name].items():
+                found.setdefault(str(model), {}).setdefault(name, []).append(fraction)
+    return {
+        model: Kept(**{name: (min(each), max(each)) for name, each in own.items()})
+        for model, own in found.items()
+    }
 
 
 def _flops_per_second(device: torch.device) -> float:
@@ -247,9 +272,10 @@ def sentences(report: Report) -> Sequence[str]:
         lines += [
             f"{outlook.tensors} tensors of {outlook.elements:,} elements, "
             f"{outlook.tasks} tasks, scope: {outlook.scope}",
-            f"reads {_size(outlook.input_bytes)} of checkpoints {reads}{measuring}; "
-            f"writes {_size(outlook.output_bytes)}",
-            f"the largest tensor, {outlook.largest}, takes {_size(outlook.peak_bytes)} to merge",
+            *_kept_sentences(outlook.kept),
+            f"reads {size(outlook.input_bytes)} of checkpoints {reads}{measuring}; "
+            f"writes {size(outlook.output_bytes)}",
+            f"the largest tensor, {outlook.largest}, takes {size(outlook.peak_bytes)} to merge",
         ]
         if outlook.refined:
             lines.append(
@@ -260,7 +286,18 @@ def sentences(report: Report) -> Sequence[str]:
     return lines
 
 
-def _size(count: int) -> str:
-    from tqdm import tqdm
+def _kept_sentences(kept: dict[str, Kept]) -> Iterator[str]:
+    """What is kept of every task, or of each where they differ."""
+    owners: dict[str, list[str]] = {}
+    for model, own in kept.items():
+        said = f"keeps {_share(own.density)} of its elements"
+        if own.dare_density[0] < 1:
+            said += f", chosen among the {_share(own.dare_density)} that DARE leaves at random"
+        owners.setdefault(said, []).append(model)
+    for said, models in owners.items():
+        yield f"{'each task' if len(owners) == 1 else ' and '.join(models)} {said}"
 
-    return f"{tqdm.format_sizeof(count, suffix='B', divisor=1000)}"
+
+def _share(between: tuple[float, float]) -> str:
+    low, high = (f"{100 * value:.4g}" for value in between)
+    return f"{low} %" if low == high else f"{low} to {high} %"

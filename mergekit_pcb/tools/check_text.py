@@ -5,7 +5,6 @@ mergekit ignores what it does not know. Nothing is read here but the text.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -19,17 +18,16 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from mergekit.merge_methods.base import ParameterSpec
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.parameters import PARAMETERS, SPECS
+from mergekit_pcb.host.parameters import SPECS, ignored, suggestion
 from mergekit_pcb.host.planning import is_raw
 
 ERROR: Literal["error"] = "error"
 WARNING: Literal["warning"] = "warning"
-PER_MODEL = sorted(s.name for s in PARAMETERS if s.scope == ParameterScope.NON_BASE)
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -144,7 +142,7 @@ def _check_fields(
         if name in SPECS:
             report.error(where, f"{name} stands beside `parameters:` and is ignored; move it there")
         else:
-            report.error(where, f"mergekit ignores {name}{_suggestion(name, [*fields, *SPECS])}")
+            report.error(where, f"mergekit ignores {name}{suggestion(name, [*fields, *SPECS])}")
 
 
 def _check_parameters(
@@ -157,12 +155,10 @@ def _check_parameters(
         report.error(where, "it is no mapping of names to values")
         return
     for name, setting in parameters.items():
-        spec = SPECS.get(name)
-        if spec is None:
-            report.error(where, f"unknown parameter {name}{_suggestion(name, SPECS)}")
-        elif per_model and name not in PER_MODEL:
-            report.error(where, f"{name} is ignored here; write it at the top level")
+        if wrong := ignored(name, per_model=per_model):
+            report.error(where, wrong)
         else:
+            spec = SPECS[name]
             for complaint in filter(None, (_complaint(spec, v) for v in _scalars(setting))):
                 report.error(f"{where}.{name}", complaint)
 
@@ -173,13 +169,6 @@ def _complaint(spec: ParameterSpec, value: Any) -> str | None:
     except PCBError as error:
         return error.format_message()
     return None
-
-
-def _suggestion(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return "; pcb knows " + ", ".join(SPECS) if set(known) == set(SPECS) else ""
 
 
 def _scalars(setting: Any) -> Iterator[Any]:

@@ -193,8 +193,12 @@ def identity_adapter(adapter: pathlib.Path, output: pathlib.Path) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Replace what an earlier demo left, and nothing else.")
 @click.option("--keep", is_flag=True, help="Keep what was made if it is stopped or fails.")
-@click.option("--base-steps", type=click.IntRange(1), help="Training steps of the base model.")
-@click.option("--expert-steps", type=click.IntRange(1), help="Training steps of each expert.")
+@click.option(
+    "--base-steps", type=click.IntRange(1), help="Training steps of the base.  [default: 160]"
+)
+@click.option(
+    "--expert-steps", type=click.IntRange(1), help="Training steps of each expert.  [default: 50]"
+)
 def demo(
     directory: pathlib.Path,
     seed: int,

@@ -31,20 +31,22 @@ from mergekit_pcb.tools import small_llama
 #: What the base learns, and what each expert does.
 GENERAL = "prose"
 TASKS = ("c++", "stubs", "metadata")
-#: Each method as its authors publish it; what they leave open is left at its default.
-METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"weight": 1.0},
-    "task_arithmetic": {"weight": 1.0, "lambda": 0.4},
-    "ties": {"weight": 1.0, "density": 0.2},
-    "pcb": {"weight": 1.0, "density": 0.1, "lambda": 1.0},
+_PCB = {"weight": 1.0, "density": 0.1, "lambda": 1.0}
+REFINED = "pcb, refine: solve"
+#: Method and parameters of each merge: those its authors publish, what they leave open at its
+#: default.
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {"weight": 1.0}),
+    "task_arithmetic": ("task_arithmetic", {"weight": 1.0, "lambda": 0.4}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.2}),
+    "pcb": ("pcb", _PCB),
+    REFINED: ("pcb", {**_PCB, "refine": "solve"}),
 }
 HELD_OUT_SHARE = 0.1
 HELD_OUT_SEQUENCES = 64
 #: Bytes that the models take, with some to spare.
 LEAST_DISK = 100 << 20
 RESULTS, PICTURE = "results.json", "results.png"
-#: A configuration to go on with.
-REFINED = "refined.yml"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Results(BaseModel):
     metric: str = "loss on held-out text, in nats per token"
     lower_is_better: bool = True
     seed: int
+    schedule: Schedule
     rows: list[Row]
 
     def row(self, name: str) -> Row:
@@ -119,7 +122,7 @@ def run(
         with torch.random.fork_rng(devices=[]):
             texts = _train_all(directory, schedule, seed)
         _merge_all(directory)
-        results = Results(seed=seed, rows=_measure_all(directory, texts))
+        results = Results(seed=seed, schedule=schedule, rows=_measure_all(directory, texts))
         write_text(directory / RESULTS, results.model_dump_json(indent=2) + "\n")
     return results
 
@@ -127,13 +130,18 @@ def run(
 def made() -> list[str]:
     """The names of all that a demo leaves in its folder."""
     experts = [folder_of(task) for task in TASKS]
-    merges = [f"merged-{method}" for method in METHODS]
-    files = [*(f"{method}.yml" for method in METHODS), REFINED, RESULTS, PICTURE]
-    return ["base", *experts, *merges, *files]
+    names = [file_of(merge) for merge in MERGES]
+    merges, files = [f"merged-{name}" for name in names], [f"{name}.yml" for name in names]
+    return ["base", *experts, *merges, *files, RESULTS, PICTURE]
 
 
 def folder_of(task: str) -> str:
     return "expert-" + task.replace("+", "p")
+
+
+def file_of(merge: str) -> str:
+    """What the configuration of a merge is called, without its ending."""
+    return "refined" if merge == REFINED else merge
 
 
 def refuse_unless_ready(directory: pathlib.Path, force: bool) -> None:
@@ -235,12 +243,11 @@ def _spread(sequences: torch.Tensor) -> torch.Tensor:
 
 def _merge_all(directory: pathlib.Path) -> None:
     """Write each method's configuration, and run the stock ``mergekit-yaml`` on it, two at once."""
-    for method, parameters in METHODS.items():
-        _configure(directory, f"{method}.yml", method, parameters)
-    _configure(directory, REFINED, "pcb", {**METHODS["pcb"], "refine": "solve"})
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(METHODS), unit="merge") as progress:
+    for merge, (method, parameters) in MERGES.items():
+        _configure(directory, f"{file_of(merge)}.yml", method, parameters)
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(MERGES), unit="merge") as progress:
         progress.set_description("merging with mergekit-yaml")
-        for _ in pool.map(lambda method: _merge(directory, method), METHODS):
+        for _ in pool.map(lambda merge: _merge(directory, file_of(merge)), MERGES):
             progress.update()
 
 
@@ -256,15 +263,15 @@ def _configure(directory: pathlib.Path, file: str, method: str, parameters: dict
     write_text(directory / file, yaml.safe_dump(document, sort_keys=False))
 
 
-def _merge(directory: pathlib.Path, method: str) -> None:
+def _merge(directory: pathlib.Path, name: str) -> None:
     stock = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
     command = [stock] if stock else [sys.executable, "-m", "mergekit_pcb", "yaml"]
-    command += [str(directory / f"{method}.yml"), str(directory / f"merged-{method}")]
+    command += [str(directory / f"{name}.yml"), str(directory / f"merged-{name}")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise PCBError(
-            f"merge by {method}",
+            f"merge {name}.yml",
             f"mergekit-yaml said: {said[-1]}",
             f"run it again with --keep, and {' '.join(command)} to see all of it",
         )
@@ -276,7 +283,7 @@ def _measure_all(directory: pathlib.Path, texts: dict[str, Text]) -> list[Row]:
     names: dict[str, tuple[Literal["base", "expert", "merge"], str]] = {
         "base": ("base", "base"),
         **{f"expert on {task}": ("expert", folder_of(task)) for task in TASKS},
-        **{method: ("merge", f"merged-{method}") for method in METHODS},
+        **{merge: ("merge", f"merged-{file_of(merge)}") for merge in MERGES},
     }
     losses = {}
     for name, (_, folder) in tqdm(names.items(), desc="measuring", unit="model"):

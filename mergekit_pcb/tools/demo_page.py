@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import click
 
-from mergekit_pcb.tools.demo import GENERAL, PICTURE, REFINED, RESULTS, TASKS, Results, Row
+from mergekit_pcb.tools.demo import GENERAL, PICTURE, RESULTS, TASKS, Results, Row, Schedule
 from mergekit_pcb.tools.figures import COLOURS, blank
 
 _BAR, _NAME = 40, 20  # characters
@@ -24,8 +24,10 @@ def page(results: Results, directory: pathlib.Path, picture: pathlib.Path | None
         yield ""
         yield from block
     yield ""
-    drawn = ["no picture: pip install matplotlib"] if picture is None else [str(picture)]
-    yield ", ".join([f"Models and {RESULTS} are in {directory}", *drawn])
+    files = f"{RESULTS} and {PICTURE}" if picture is not None else RESULTS
+    yield f"The models, {files} are in {directory}"
+    if picture is None:
+        yield "(no picture: pip install matplotlib)"
     yield from next_commands(directory, can_draw=picture is not None)
 
 
@@ -50,16 +52,24 @@ def sentences(results: Results) -> list[str]:
     others = [row for row in results.rows if row.kind == "merge" and row is not pcb]
     told = [results.row("base"), min(experts, key=lambda row: row.mean), *others]
     return [
-        "* lowest of its column. Over the three tasks, the mean loss of pcb is",
+        "* lowest, so best, of its column. Over the three tasks, the mean loss of pcb is",
         *(f"  {_apart(pcb, row)} {_called(row)}" for row in told),
         f"(one standard error over held-out texts). {GENERAL.capitalize()} is what the base has "
         "read;",
         "seed and texts move these figures: a demonstration, not a benchmark.",
+        *_shortened(results.schedule),
     ]
 
 
+def _shortened(schedule: Schedule) -> list[str]:
+    usual = Schedule()
+    steps, wanted = (f"{s.base_steps} and {s.expert_steps}" for s in (schedule, usual))
+    told = f"Base and experts took {steps} steps here; what the documentation shows took {wanted}."
+    return [] if schedule == usual else [told]
+
+
 def _apart(pcb: Row, row: Row) -> str:
-    side = "below" if pcb.mean < row.mean else "above"
+    side = "better than" if pcb.mean < row.mean else "worse than"
     return f"{abs(pcb.mean - row.mean):.3f} \u00b1 {row.error:.3f} {side}"
 
 
@@ -124,8 +134,8 @@ def next_commands(directory: pathlib.Path, *, can_draw: bool) -> list[str]:
         (f"mergekit-pcb check {config}", "what a merge reads, writes and takes"),
         (f"mergekit-pcb report {config} -o report", f"who won what, in figures{needs}"),
         (
-            f"mergekit-yaml {directory / REFINED} {directory / 'merged-refined'}",
-            "refine: solve, our best merge without data",
+            f"mergekit-yaml {config} {directory / 'mine'}",
+            "with density or lambda changed in it",
         ),
     ]
     width = max(len(command) for command, _ in told)

@@ -92,6 +92,7 @@ def remarks(report: Report) -> list[str]:
     total = report.total()
     alone, together = total.kept_by[1], sum(total.kept_by[2:])
     return [
+        *["shares and conflicts are those of PCB's merge, before refine"] * bool(total.refined),
         f"{percent(total.kept_by[0], total.elements)} of all elements keep the base's value, "
         f"{percent(alone, total.elements)} come from one task, "
         f"{percent(together, total.elements)} from several",
@@ -108,9 +109,9 @@ def remarks(report: Report) -> list[str]:
 def _refined(total: TensorCounts) -> Iterator[str]:
     if total.refined:
         yield (
-            f"{total.refined} tensors are refined and end {100 * total.moved:.0f} % of the norm of "
-            f"PCB's own merge away from it; the mean exponent of the singular values of their "
-            f"{total.matrices} matrices is {total.exponent:.2f}; shares and conflicts are PCB's"
+            f"refine changes {total.refined} tensors, by {100 * total.moved:.0f} % of the norm of "
+            f"what PCB adds to them; singular values of their {total.matrices} matrices are "
+            f"raised to the power {total.exponent:.2f} (mean)"
         )
 
 

@@ -82,6 +82,7 @@ class _Workers:
         self._job, self._study, self._merges, self._scorer = job, study, merges, scorer
         self._stop = threading.Event()
         self._shown = threading.Lock()
+        self._reasons: set[str] = set()  # why trials failed, as far as it was said
         self._bar = tqdm(
             total=job.budget,
             initial=len(study.ended()),
@@ -122,7 +123,9 @@ class _Workers:
                 best = write_best(self._job, self._study)
             with self._shown:
                 if error is not None:
-                    self._bar.write(f"trial {claim.trial.number + 1} failed: {error}")
+                    why = " as another did" if error in self._reasons else f": {error}"
+                    self._reasons.add(error)
+                    self._bar.write(f"trial {claim.trial.number + 1} failed{why}")
                 self._bar.set_postfix_str(best)
                 self._bar.update()
 

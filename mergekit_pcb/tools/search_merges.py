@@ -27,7 +27,7 @@ from mergekit_pcb.core.matrices import Layout
 from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.core.vectors import promoted, working_dtype
 from mergekit_pcb.errors import PCBError, one_line
-from mergekit_pcb.files import write_text
+from mergekit_pcb.files import size, write_text
 from mergekit_pcb.host import planning
 from mergekit_pcb.host.groups import explained
 from mergekit_pcb.host.inputs import Inputs
@@ -125,13 +125,13 @@ class Merges:
         jobs, folder = self._job.jobs, self._job.folder
         need = jobs * model + (0 if measured else parts + model)
         free = shutil.disk_usage(folder).free
-        each = f"{jobs} model{'s' if jobs > 1 else ''} of {model / 1e9:.2f} GB at a time"
+        each = f"{jobs} model{'s' if jobs > 1 else ''} of {size(model)} at a time"
         if not measured:
-            each = f"contributions of {(parts + model) / 1e9:.2f} GB, and {each}"
+            each = f"contributions of {size(parts + model)}, and {each}"
         if need > free:
             raise PCBError(
                 f"search in {folder}",
-                f"it takes {each}, and {free / 1e9:.2f} GB are free there",
+                f"it takes {each}, and {size(free)} are free there",
                 "make room, name another folder with --work, or lower --jobs",
             )
         tqdm.write(f"on disk: {each}")
