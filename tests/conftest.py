@@ -1,11 +1,15 @@
 """Shared fixtures. Warnings are errors: silence here would be silence for users."""
 
 import contextlib
+import os
 import pathlib
 
 import pytest
 
-from mergekit_pcb.core import measure, ranks, vectors
+from mergekit_pcb.core import fused, ranks, sample, vectors
+
+# The compiled loops run in the tests' small merges, too; test_fused.py runs both ways.
+os.environ.setdefault(fused.SWITCH, "1")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: What is read: the README and every page of the documentation.
@@ -19,11 +23,13 @@ def pieces(size):
         if size is not None:
             patch.setattr(vectors, "CPU_CHUNK_ELEMENTS", size)
             patch.setattr(vectors, "CPU_THREADS_PER_CHUNK", 1024)
-            for module in (ranks, measure):
+            for module in (ranks, sample):
                 patch.setattr(module, "POOL_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)
             patch.setattr(ranks, "CELLS", 64)
-            patch.setattr(measure, "LARGEST_SAMPLE", 16 * size)
+            patch.setattr(sample, "LARGEST_SAMPLE", 16 * size)
+            patch.setattr(fused, "BLOCK_ELEMENTS", size)
+            patch.setattr(fused, "BLOCKS_PER_PIECE", 2)
         yield
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import pieces
 from test_properties import merge, models
 
-from mergekit_pcb.core import measure, ranks, vectors
+from mergekit_pcb.core import fused, measure, ranks, sample, vectors
 
 
 def peak_bytes(action):
@@ -63,16 +63,18 @@ def test_bits_do_not_depend_on_chunks_or_threads(dtype):
         {"low": 1e30, "high": 2e30, "tied": True},
     ],
 )
-def test_a_guess_never_changes_the_bits(guess):
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_a_guess_never_changes_the_bits(guess, compiled):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     kept = merge(tensors, density=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ranks, measure):
+        for module in (ranks, sample):
             patch.setattr(module, "POOL_ELEMENTS", 1000)
         patch.setattr(ranks, "LARGEST_POOL", 20_000)
         patch.setattr(vectors, "CPU_CHUNK_ELEMENTS", 50_000)
+        patch.setenv(fused.SWITCH, compiled)
         if guess != "sampled":
-            patch.setattr(measure._Sample, "guess", lambda *_: guess)
+            patch.setattr(sample.Sample, "guess", lambda *_: guess)
         assert torch.equal(merge(tensors, density=0.2), kept)
 
 
@@ -80,7 +82,7 @@ def test_the_sample_spares_a_third_pass(monkeypatch):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     aligned = vectors.Aligned.of("w", tensors[0], tensors[1:])
     passes = []
-    monkeypatch.setattr(measure, "POOL_ELEMENTS", 1000)
+    monkeypatch.setattr(sample, "POOL_ELEMENTS", 1000)
 
     def start_pass():
         passes.append("pass")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Mask:
         self._dare, self._count = dare, count
         self._key = key(dare.seed, dare.task, tensor)
         self._windows: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def density(self) -> float:
+        return self._dare.density
 
     def apply_(self, tau: torch.Tensor, start: int, scratch: torch.Tensor) -> torch.Tensor:
         """Drop elements of a task vector in place and divide the others by the density.
@@ -76,15 +82,23 @@ class Mask:
         zero = _zero(tau.dtype, tau.device)
         return torch.addcmul(zero, tau, scratch, value=1 / self._dare.density, out=tau)
 
+    def apply_to_sample_(self, tau: torch.Tensor, start: int, step: int) -> torch.Tensor:
+        """The same where ``tau`` holds every ``step``-th element from ``start`` on."""
+        packed, _ = self.packed(0, self._count)
+        places = numpy.arange(start, start + len(tau) * step, step)
+        kept = torch.from_numpy((packed[places >> 3] >> (places & 7).astype("u1")) & 1)
+        return tau.mul_(1 / self._dare.density).mul_(kept.to(tau)).add_(0)
+
     def packed(self, start: int, count: int) -> tuple[Any, int]:
         """The bits of some elements, eight to a byte, lowest first, after so many others."""
         first, end = start // 8 * 8, start + count
         parts = []
-        while first < end:
-            window, place = divmod(first, WINDOW_ELEMENTS)
-            taken = min(end - first, WINDOW_ELEMENTS - place)
-            parts.append(self._window(window)[place // 8 : -(-(place + taken) // 8)])
-            first += taken
+        with self._lock:
+            while first < end:
+                window, place = divmod(first, WINDOW_ELEMENTS)
+                taken = min(end - first, WINDOW_ELEMENTS - place)
+                parts.append(self._window(window)[place // 8 : -(-(place + taken) // 8)])
+                first += taken
         return parts[0] if len(parts) == 1 else numpy.concatenate(parts), start % 8
 
     def _window(self, window: int) -> Any:

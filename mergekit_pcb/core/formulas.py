@@ -1,5 +1,8 @@
 """The formulas of PCB-Merging, elementwise on whatever part of the vectors they are given.
 
+Every product and sum is rounded by itself: torch's operations that do both at once round once on
+some processors and twice on others, and the compiled loops of ``kernels.py`` could not follow them.
+
 Source: Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024,
 arXiv 2410.02396, in the form of its released ``pcb-merging.py`` (commit 5897888), where
 paper and code differ. What needs the whole vector, four numbers per task, is an argument
@@ -15,6 +18,7 @@ import torch
 
 # Released code, last line of PCB_merge: the divisor is clamped here, not guarded against zero.
 SMALLEST_DIVISOR = 1e-12
+LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,58 @@ def score(
     and so changes no weight, but cannot overflow (``exp(n x²)`` does from 89 tasks on in
     float32).
     """
-    # x scaled by √n, so that squaring it brings the factor n along.
-    x = torch.sub(clamped, balance.low, out=out).mul_(math.sqrt(tasks) / balance.width)
-    intra = torch.addcmul(x.new_full((), -tasks), x, x, out=x).exp_()
-    return intra.mul_(_tanh_(torch.mul(tau, total, out=scratch[0]), scratch=scratch[1]))
+    # x scaled by the root of what its square would have to be multiplied by.
+    factor = tasks * LOG2_E
+    x = torch.sub(clamped, balance.low, out=out).mul_(math.sqrt(factor) / balance.width)
+    intra = power_of_two_(x.mul_(x).sub_(factor), scratch=scratch)
+    return intra.mul_(tanh_(torch.mul(tau, total, out=scratch[0]), scratch=scratch[1]))
+
+
+# 2^f for f from -0.5 to 0.5, by powers of f: the polynomial of least relative error (2e-9) whose
+# first coefficient is 1, rounded to float32. With float32 arithmetic it is within 1.2 units in the
+# last place.
+POWER_OF_TWO = tuple(
+    map(
+        float.fromhex,
+        (
+            "0x1p+0", "0x1.62e430p-1", "0x1.ebfbdcp-3", "0x1.c6aee8p-5", "0x1.3b2d4cp-7",
+            "0x1.5f3e52p-10", "0x1.41fbbcp-13",
+        ),
+    )
+)  # fmt: skip
+# Added to a small number, it leaves no room for a fraction.
+ROUNDING = 1.5 * 2.0**23
+# The least exponent of a number that is not subnormal.
+LEAST_EXPONENT = -126.0
+
+
+def power_of_two_(y: torch.Tensor, *, scratch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """2 to the power of numbers that are not above 0, in place.
+
+    On a CPU and in float32 it is spelled out, because torch's own differs from one processor to the
+    next, and compiled loops could not follow it. ``LEAST_EXPONENT`` takes the place of what is
+    less: only with more than 87 tasks is anything, and :func:`tellable` asks for float64 long
+    before that matters.
+    """
+    if y.device.type != "cpu":
+        return y.exp2_()
+    if y.dtype != torch.float32:
+        return y.mul_(1 / LOG2_E).exp_()
+    whole = torch.add(y.clamp_(min=LEAST_EXPONENT), ROUNDING, out=scratch[0]).sub_(ROUNDING)
+    fraction = y.sub_(whole)
+    powers = torch.mul(fraction, POWER_OF_TWO[-1], out=scratch[1])
+    for coefficient in POWER_OF_TWO[-2:0:-1]:
+        powers.add_(coefficient).mul_(fraction)
+    powers.add_(POWER_OF_TWO[0])
+    bits = whole.view(torch.int32).copy_(whole.to(torch.int32)).add_(127).bitwise_left_shift_(23)
+    return torch.mul(powers, bits.view(torch.float32), out=y)
 
 
 # Below this, z − z³/3 is tanh z to within float32 rounding: the next term is 8e-9 of it.
-_SMALL = 2.0**-6
+SMALL = 2.0**-6
 
 
-def _tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
+def tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
     """Tanh in place; on a CPU three times faster for the tiny products real models have.
 
     Each element's value depends on that element alone, whichever way a chunk is computed.
@@ -104,10 +149,10 @@ def _tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
         return z.tanh_()
     lowest, highest = torch.aminmax(z)
     square = torch.mul(z, z, out=scratch)
-    if lowest >= -_SMALL and highest <= _SMALL:
-        return z.addcmul_(square, z, value=-1 / 3)
-    series = torch.addcmul(z, square, z, value=-1 / 3)
-    return z.copy_(torch.where(z.abs() <= _SMALL, series, torch.tanh(z)))
+    if lowest >= -SMALL and highest <= SMALL:
+        return z.add_(square.mul_(z).mul_(-1 / 3))
+    series = square.mul_(z).mul_(-1 / 3).add_(z)
+    return z.copy_(torch.where(z.abs() <= SMALL, series, torch.tanh(z)))
 
 
 def rescale_(scores: torch.Tensor, balance: Balance) -> torch.Tensor:

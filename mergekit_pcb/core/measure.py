@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 import torch
 
+from mergekit_pcb.core import fused
 from mergekit_pcb.core.dare import Dare
 from mergekit_pcb.core.formulas import (
     Balance,
@@ -25,19 +25,13 @@ from mergekit_pcb.core.formulas import (
     tellable,
     threshold_rank,
 )
-from mergekit_pcb.core.ranks import POOL_ELEMENTS, OrderStatistic, kth, neighbour
+from mergekit_pcb.core.ranks import OrderStatistic
+from mergekit_pcb.core.sample import Sample
+from mergekit_pcb.core.threads import Open
 from mergekit_pcb.core.vectors import Aligned, Scratch, working_dtype
 
 #: Begins a new pass over the tensors of a scope.
 Pass = Callable[[], Iterable[Aligned]]
-Values = Iterator[tuple[int, torch.Tensor]]
-
-# Elements of each task in the sample that guesses where thresholds lie: the two-thirds power
-# of all, which balances looking at a sample against keeping what its guess leaves open (about
-# 1 % of a large tensor), up to 4 MiB a task. It decides about work, never about the answer.
-LARGEST_SAMPLE = 1 << 20
-# A guess misses about once in 16 000 times.
-SAMPLE_DEVIATIONS = 4.0
 
 
 @dataclass(frozen=True)
@@ -110,65 +104,82 @@ def measure_together(tensors: Sequence[Aligned], recipe: Recipe) -> Statistics:
     """Measure tensors that are all at hand as one scope, in the widest of their precisions."""
     dtypes = (working_dtype(aligned.base.dtype) for aligned in tensors)
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    return measure(lambda: tensors, sum(map(len, tensors)), recipe, dtype)
+    return measure(lambda: tensors, sum(map(len, tensors)), recipe, dtype, at_hand=True)
 
 
-def measure(start_pass: Pass, count: int, recipe: Recipe, dtype: torch.dtype) -> Statistics:
+def measure(
+    start_pass: Pass, count: int, recipe: Recipe, dtype: torch.dtype, *, at_hand: bool = False
+) -> Statistics:
     """Measure a scope of ``count`` elements with arithmetic in ``dtype``.
 
-    Every call of ``start_pass`` brings the same tensors, in any order.
+    Every call of ``start_pass`` brings the same tensors, in any order; ``at_hand`` says that it
+    costs nothing, so that a few elements may be looked at ahead of all.
 
     Magnitudes that float32 cannot hold or square are measured again in float64. Raises
     :class:`NotFiniteError` for NaN or infinity in an input, and :class:`OutOfRangeError` where even
     float64 does not suffice.
     """
-    sample, scratch = _Sample(count, len(recipe.densities)), Scratch.of_thread(dtype)
+    sample, scratch = Sample(count, dtype), Scratch.of_thread(dtype)
 
     def thinned() -> Iterator[Aligned]:
         return (aligned.under(recipe.dare) for aligned in start_pass())
 
+    if at_hand:
+        for aligned in thinned():
+            sample.take(aligned)
     try:
         intervals = _intervals(thinned, count, recipe, scratch, sample)
         balances = _balances(thinned, count, recipe, scratch, sample, intervals)
     except OutOfRangeError:
         if dtype == torch.float64:
             raise
-        return measure(start_pass, count, recipe, torch.float64)
+        return measure(start_pass, count, recipe, torch.float64, at_hand=at_hand)
     return Statistics(balances, recipe.dare, dtype, len(balances))
 
 
 def _intervals(
-    start_pass: Pass, count: int, recipe: Recipe, scratch: Scratch, sample: _Sample
+    start_pass: Pass, count: int, recipe: Recipe, scratch: Scratch, sample: Sample
 ) -> list[Balance]:
-    """The clamping interval of every task; fills the sample on the way."""
+    """The clamping interval of every task; fills the sample on the way, unless it is."""
     tasks = range(len(recipe.densities))
     if not count:
         return [Balance(0.0, 0.0) for _ in tasks]
     ranks = low_rank(count, recipe.clip), high_rank(count, recipe.clip)
 
-    def magnitudes(tasks: Sequence[int]) -> Values:
-        sample.clear(tasks)
+    def magnitudes(open_: Open) -> None:
         largest, widest = 0.0, ""
-        passed = 0
         for aligned in start_pass():
-            peaks: list[torch.Tensor] = []
-            for chunk in aligned.chunks(scratch):
-                for task in tasks:
-                    tau = chunk.task_vector(task)
-                    sample.take(task, tau, passed + chunk.start)
-                    values = torch.abs(tau, out=scratch("magnitude", tau))
-                    peaks.append(values.amax())
-                    yield task, values
-            # NaN and infinity survive the maximum; one wait for the device per tensor.
-            if peaks:
-                peak = _finite(float(torch.stack(peaks).amax()), aligned)
-                largest, widest = max((largest, widest), (peak, aligned.name))
-            passed += len(aligned)
+            sample.take(aligned)
+            compiled = fused.of(aligned, scratch.dtype)
+            if compiled is not None:
+                peak = compiled.magnitudes(open_)
+            else:
+                peak = _magnitudes(aligned, scratch, open_)
+            largest, widest = max((largest, widest), (_finite(peak, aligned), aligned.name))
         if not representable(largest, len(recipe.densities), scratch.dtype):
             raise OutOfRangeError(widest)
 
-    ends = {task: [OrderStatistic(rank, count) for rank in ranks] for task in tasks}
+    sampled: list[torch.Tensor | None] = [torch.abs(tau) for tau in sample.task_vectors()]
+    sampled = sampled or [None] * len(tasks)
+    ends = {
+        task: [OrderStatistic(rank, count, **sample.guess(sampled[task], rank)) for rank in ranks]
+        for task in tasks
+    }
     return [Balance(*values) for values in _settle(ends, magnitudes).values()]
+
+
+def _magnitudes(aligned: Aligned, scratch: Scratch, open_: Open) -> float:
+    """Show all magnitudes; the largest, NaN or infinite where one of them is."""
+    peaks = [torch.zeros((), dtype=scratch.dtype, device=aligned.base.device)]
+    for chunk in aligned.chunks(scratch):
+        for task, statistics in open_.items():
+            tau = chunk.task_vector(task)
+            values = torch.abs(tau, out=scratch("magnitude", tau))
+            peaks.append(values.amax())
+            for statistic in statistics:
+                statistic.push(values)
+    # NaN and infinity survive the maximum; one wait for the device per tensor.
+    return float(torch.stack(peaks).amax())
 
 
 def _balances(
@@ -176,40 +187,58 @@ def _balances(
     count: int,
     recipe: Recipe,
     scratch: Scratch,
-    sample: _Sample,
+    sample: Sample,
     intervals: Sequence[Balance],
 ) -> tuple[Balance, ...]:
     """The intervals completed by threshold and peak of the scores."""
     ranks = [threshold_rank(count, density) for density in recipe.densities]
-    peaks: dict[int, torch.Tensor] = {}
+    peaks = dict.fromkeys(range(len(ranks)), -math.inf)
 
-    def scores(tasks: Sequence[int]) -> Values:
+    def scores(open_: Open) -> None:
         for aligned in start_pass():
-            for chunk in aligned.chunks(scratch):
-                total = chunk.total()
-                for task in tasks:
-                    tau = chunk.task_vector(task)
-                    values = _score(tau, total, intervals[task], len(intervals), scratch)
-                    peak = values.amax()
-                    peaks[task] = torch.maximum(peaks.get(task, peak), peak)
-                    yield task, values
+            compiled = fused.of(aligned, scratch.dtype)
+            if compiled is not None:
+                found = dict(enumerate(compiled.scores(open_, intervals)))
+            else:
+                found = _scores(aligned, scratch, open_, intervals)
+            for task, peak in found.items():
+                peaks[task] = max(peaks[task], peak)
 
+    sampled = _sampled_scores(sample, intervals, scratch.dtype)
     thresholds = {
-        task: [OrderStatistic(rank, count, **sample.guess(task, rank, intervals))]
+        task: [OrderStatistic(rank, count, **sample.guess(sampled[task], rank))]
         for task, rank in enumerate(ranks)
         if not intervals[task].constant and rank < count
     }
     settled = _settle(thresholds, scores)
     # With many tasks the factor exp(−n) may leave nothing of scores in float32.
-    lost = [task for task in settled if not tellable(float(peaks[task]), scratch.dtype)]
+    lost = [task for task in settled if not tellable(peaks[task], scratch.dtype)]
     if lost and scratch.dtype != torch.float64:
         raise OutOfRangeError("")
     return tuple(
-        replace(interval, threshold=settled[task][0], peak=float(peaks[task]))
+        replace(interval, threshold=settled[task][0], peak=peaks[task])
         if task in settled
         else interval
         for task, interval in enumerate(intervals)
     )
+
+
+def _scores(
+    aligned: Aligned, scratch: Scratch, open_: Open, intervals: Sequence[Balance]
+) -> dict[int, float]:
+    """Show all scores; the largest of each task."""
+    peaks: dict[int, torch.Tensor] = {}
+    for chunk in aligned.chunks(scratch):
+        total = chunk.total()
+        for task, statistics in open_.items():
+            values = _score(
+                chunk.task_vector(task), total, intervals[task], len(intervals), scratch
+            )
+            peak = values.amax()
+            peaks[task] = torch.maximum(peaks.get(task, peak), peak)
+            for statistic in statistics:
+                statistic.push(values)
+    return {task: float(peak) for task, peak in peaks.items()}
 
 
 def _score(
@@ -219,74 +248,42 @@ def _score(
     return score(tau, clamped, total, balance, tasks, out=clamped, scratch=scratch.passing(tau))
 
 
+def _sampled_scores(
+    sample: Sample, intervals: Sequence[Balance], dtype: torch.dtype
+) -> list[torch.Tensor | None]:
+    """Those of all tasks in the sample; ``None`` where there are none."""
+    task_vectors = sample.task_vectors()
+    if not task_vectors:
+        return [None] * len(intervals)
+    total, found = torch.stack(task_vectors).sum(0), list[torch.Tensor | None]()
+    for tau, interval in zip(task_vectors, intervals, strict=True):
+        if interval.constant:
+            found.append(None)
+        else:
+            found.append(_score(tau, total, interval, len(intervals), Scratch(dtype)))
+    return found
+
+
 def _settle(
-    statistics: dict[int, list[OrderStatistic]], values_of: Callable[[Sequence[int]], Values]
+    statistics: dict[int, list[OrderStatistic]], walk: Callable[[Open], None]
 ) -> dict[int, list[float]]:
-    """Pass over the values of the tasks until each of their statistics has its answer."""
+    """Walk over the values of the tasks until each of their statistics has its answer."""
     answers: dict[int, list[float | None]] = {
         task: [None] * len(s) for task, s in statistics.items()
     }
     while waiting := [task for task in statistics if None in answers[task]]:
-        for task, values in values_of(waiting):
-            for statistic, answer in zip(statistics[task], answers[task], strict=True):
-                if answer is None:
-                    statistic.push(values)
+        walk(
+            {
+                task: [s for s, a in zip(statistics[task], answers[task], strict=True) if a is None]
+                for task in waiting
+            }
+        )
         for task in waiting:
             answers[task] = [
                 statistic.settle() if answer is None else answer
                 for statistic, answer in zip(statistics[task], answers[task], strict=True)
             ]
     return answers  # type: ignore[return-value]
-
-
-class Guess(TypedDict, total=False):
-    """Where an order statistic may lie, as :class:`OrderStatistic` takes it."""
-
-    low: float
-    high: float
-    tied: bool
-
-
-class _Sample:
-    """Evenly spaced task vector elements of a scope, to guess thresholds from."""
-
-    def __init__(self, count: int, tasks: int) -> None:
-        self._count = count
-        # Odd, so that it does not fall in step with the rows of a matrix.
-        size = min(max(1, round(count ** (2 / 3))), LARGEST_SAMPLE)
-        self._step = (count // size) | 1
-        self._task_vectors: list[list[torch.Tensor]] = [[] for _ in range(tasks)]
-
-    def clear(self, tasks: Sequence[int]) -> None:
-        for task in tasks:
-            self._task_vectors[task].clear()
-
-    def take(self, task: int, tau: torch.Tensor, passed: int) -> None:
-        """Take what is due of a task's elements, of which so many have passed before."""
-        if self._count > POOL_ELEMENTS:  # else every value is kept anyway
-            self._task_vectors[task].append(tau[-passed % self._step :: self._step].clone())
-
-    def guess(self, task: int, rank: int, intervals: Sequence[Balance]) -> Guess:
-        """Scores strictly between which the one at ``rank`` should lie, unless it is tied."""
-        if not self._task_vectors[task]:
-            return {}
-        task_vectors = [torch.cat(parts) for parts in self._task_vectors]
-        scratch = Scratch(task_vectors[0].dtype)
-        total = torch.stack(task_vectors).sum(0)
-        scores = _score(task_vectors[task], total, intervals[task], len(intervals), scratch)
-        share, size = rank / self._count, scores.numel()
-        margin = SAMPLE_DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
-        first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
-        guess: Guess = {}
-        if first >= 0:
-            low = kth(scores, first)
-            # Zeros of DARE, and of tensors that training left alone.
-            guess["tied"] = int((scores == low).sum()) > margin
-            # Else a step outwards, because a few elements may share the value of a fence.
-            guess["low"] = low if guess["tied"] else neighbour(low, -math.inf, scores.dtype)
-        if last < size:
-            guess["high"] = neighbour(kth(scores, last), math.inf, scores.dtype)
-        return guess
 
 
 def check_finite(aligned: Aligned) -> None:

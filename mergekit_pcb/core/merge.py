@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from mergekit_pcb.core import fused
 from mergekit_pcb.core.formulas import (
     SMALLEST_DIVISOR,
     magnitude,
@@ -35,9 +36,14 @@ def merge(
     if max(map(abs, signed_weights)) > torch.finfo(statistics.dtype).max:
         raise OutOfRangeError(aligned.name)
     merged = torch.empty_like(aligned.base)
+    thinned = aligned.under(statistics.dare)
+    if (compiled := fused.of(thinned, statistics.dtype)) is not None:
+        if not compiled.merge(statistics.balances, statistics.tasks, signed_weights, merged):
+            raise OutOfRangeError(aligned.name)
+        return merged
     overflow = torch.zeros((), dtype=torch.bool, device=merged.device)
     parts = torch.split(merged, chunk_elements(merged.device))
-    chunks = aligned.under(statistics.dare).chunks(Scratch.of_thread(statistics.dtype))
+    chunks = thinned.chunks(Scratch.of_thread(statistics.dtype))
     for part, chunk in zip(parts, chunks, strict=True):
         # Subtracted with opposite sign: b − 0.0 is b to the bit, −0.0 + 0.0 would be 0.0.
         opposite = delta(chunk, statistics, signed_weights)
@@ -84,7 +90,7 @@ def delta(chunk: Chunk, statistics: Statistics, weights: Sequence[float]) -> tor
     divisor = chunk.scratch("divisor", chunk.base).zero_()
     for task, share, clamped in _shares(chunk, _competing(statistics), statistics):
         divisor.add_(share)
-        numerator.add_(share.mul_(clamped), alpha=weights[task])
+        numerator.add_(share.mul_(clamped).mul_(weights[task]))
     return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 

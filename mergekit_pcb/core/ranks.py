@@ -50,7 +50,7 @@ class OrderStatistic:
     def _open(self, low: float | None, high: float | None, *, tied: bool = False) -> None:
         """Make ready for a pass between these fences."""
         self.low, self.high = low, high
-        self._tied = tied
+        self.tied = tied
         self._below: int | torch.Tensor = 0  # values < low, counted if tied
         # Proven fences: the answer is not beyond them.
         self._at_least_low = self._at_most_high = False
@@ -66,18 +66,46 @@ class OrderStatistic:
 
         The values are borrowed: what is kept of them is copied.
         """
-        stream, self._dtype = _array(values), values.dtype
-        self._seen += len(stream)
+        stream = _array(values)
+        at_most: int | torch.Tensor = 0
+        below: int | torch.Tensor = 0
         inside = None
         if self.low is not None:
             inside = stream > self.low
-            self._at_most = self._at_most + (len(stream) - _count(inside))
-            if self._tied:
-                self._below = self._below + _count(stream < self.low)
+            at_most = len(stream) - _count(inside)
+            if self.tied:
+                below = _count(stream < self.low)
         if self.high is not None:
             under = stream < self.high
             inside = under if inside is None else inside & under
-        self._keep(stream + 0.0 if inside is None else stream[inside])
+        kept = stream + 0.0 if inside is None else stream[inside]
+        self.absorb(len(stream), (self.low, self.high), at_most, below, kept)
+
+    def absorb(
+        self,
+        seen: int,
+        fences: tuple[float | None, float | None],
+        at_most: int | torch.Tensor,
+        below: int | torch.Tensor,
+        inside: _Array,
+    ) -> None:
+        """Take in what somebody else counted of ``seen`` values, between the fences of then.
+
+        How many were at most and how many below the lower one, and a copy of those strictly
+        between. Fences only come closer during a pass.
+        """
+        self._seen += seen
+        self._dtype = torch.as_tensor(inside[:0]).dtype
+        if fences[0] is not None:
+            self._at_most = self._at_most + at_most
+            self._below = self._below + below
+        if self.low != fences[0]:
+            above = inside[inside > self.low]
+            self._at_most = self._at_most + (len(inside) - len(above))
+            inside = above
+        if self.high != fences[1]:
+            inside = inside[inside < self.high]
+        self._keep(inside)
 
     def settle(self) -> float | None:
         """The answer after a whole pass, or ``None`` if it takes another."""
@@ -85,7 +113,7 @@ class OrderStatistic:
             raise ValueError(f"a pass brought {self._seen} values where {self.count} were due")
         rank = self.rank - int(self._at_most)
         if rank < 0 and self.low is not None:
-            if self._at_least_low or (self._tied and self.rank >= int(self._below)):
+            if self._at_least_low or (self.tied and self.rank >= int(self._below)):
                 return self.low
             self._open(None, neighbour(self.low, math.inf, self._dtype))
         elif rank >= self._inside and self.high is not None:
@@ -122,7 +150,7 @@ class OrderStatistic:
         # At least: even if all of it came below.
         at_least = self.rank - (self.count - self._seen) - outside
         if 0 <= at_least < len(pool):
-            self.low, self._at_least_low, self._tied = _kth(pool, at_least), True, False
+            self.low, self._at_least_low, self.tied = _kth(pool, at_least), True, False
             above = pool[pool > self.low]
             self._at_most = outside + len(pool) - len(above)
             pool = above

@@ -20,6 +20,8 @@ from mergekit_pcb.core.dare import Dare, Mask
 CPU_CHUNK_ELEMENTS = 1 << 18
 # torch splits an elementwise operation into pieces of 2^15 elements, one thread each.
 CPU_THREADS_PER_CHUNK = 8
+# Values that compiled loops look at together, by vectors, before they do one by one.
+STRIP = 64
 # Large enough to keep an accelerator busy and to make the waits for it rare (64 MiB each).
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 # A chunk's task vectors are needed twice, for their sum and for themselves. So many are

@@ -82,7 +82,7 @@ class Task(Checkpoint):
 class Document(_Strict):
     """Everything that determines the statistics, and the statistics."""
 
-    format: Literal["mergekit-pcb statistics, version 3"]
+    format: Literal["mergekit-pcb statistics, version 4"]
     versions: dict[str, str]
     clip: FiniteFloat
     #: Which elements DARE kept, and by which generator; null where it was off for all tasks.
@@ -142,7 +142,7 @@ def compose(
     recipe = wanted.recipe
     seeds = [mask.seed for mask in recipe.dare if mask is not None]
     document = Document(
-        format="mergekit-pcb statistics, version 3",
+        format="mergekit-pcb statistics, version 4",
         versions=_versions(),
         clip=recipe.clip,
         seed=seeds[0] if seeds else None,

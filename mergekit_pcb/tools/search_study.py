@@ -32,7 +32,7 @@ from mergekit_pcb.tools.search_space import (
     without_remarks,
 )
 
-FORMAT = "mergekit-pcb search, version 4"
+FORMAT = "mergekit-pcb search, version 5"
 JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE = (
     "study.journal", "contributions", "merged", "trials", "workers", "reference"
 )  # fmt: skip

@@ -1,0 +1,290 @@
+"""The loops of PCB, compiled: what torch does in one pass over memory an operation, in one for all.
+
+They follow ``formulas.py`` operation by operation in float32, each rounded by itself, so that a
+merge has the same bits with them and without. Arrays are parts of scratch, a row per task, of
+which the first ``count`` columns are meant; ``bits`` are an array beside them, seen as integers,
+whose order is that of numbers from 0 on, and which compilers compare by vectors. Importing this
+module takes numba; nothing is compiled before it is called, and what was compiled is kept on disk.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
+# mypy: disable-error-code="attr-defined, unreachable, unused-ignore"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from mergekit_pcb.core.formulas import LEAST_EXPONENT, POWER_OF_TWO, ROUNDING, SMALL
+from mergekit_pcb.core.vectors import STRIP
+
+_COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+# Numbers of no precision of their own would be of float64.
+_C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(numpy.float32, POWER_OF_TWO)
+_ROUNDING, _LEAST = numpy.float32(ROUNDING), numpy.float32(LEAST_EXPONENT)
+_SMALL, _MINUS_THIRD = numpy.float32(SMALL), numpy.float32(-1 / 3)
+_ZERO, _ONE = numpy.float32(0), numpy.float32(1)
+_MAGNITUDE = numpy.int32(0x7FFFFFFF)
+
+
+def _wide(value):  # noqa: ANN001, ANN202
+    """A number of a checkpoint in float32; compiled code alone calls it."""
+    raise NotImplementedError
+
+
+@overload(_wide, jit_options={"nogil": True, "error_model": "numpy"})
+def _overloaded(value):  # noqa: ANN001, ANN202
+    if value == types.uint16:  # the bits of a bfloat16
+        shift = numpy.uint32(16)
+        return lambda value: numpy.uint32(numpy.uint32(value) << shift).view(numpy.float32)
+    if value == types.int16:  # the bits of a float16
+        return lambda value: _half(value)
+    return lambda value: value
+
+
+@njit(**_COMPILED)
+def _half(bits: Any) -> Any:
+    """A float16: its exponent is moved by a product, which subnormal numbers need, too."""
+    sign = numpy.uint32((numpy.uint32(bits) & numpy.uint32(0x8000)) << numpy.uint32(16))
+    rest = numpy.uint32(numpy.uint32(bits) & numpy.uint32(0x7FFF))
+    wide = numpy.uint32(rest << numpy.uint32(13))
+    number = numpy.uint32(wide).view(numpy.float32) * numpy.float32(2.0**112)
+    special = numpy.uint32(wide | numpy.uint32(0x7F800000))  # infinity and NaN
+    whole = special if rest >= numpy.uint32(0x7C00) else numpy.float32(number).view(numpy.uint32)
+    return numpy.uint32(whole | sign).view(numpy.float32)
+
+
+@njit(**_COMPILED)
+def _number(bits: Any) -> Any:
+    """The float32 of these bits."""
+    return numpy.int32(bits).view(numpy.float32)
+
+
+@intrinsic
+def _pointer(_context, address):  # noqa: ANN001, ANN202
+    def generate(_context, builder, _signature, arguments):  # noqa: ANN001, ANN202
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@njit(**_COMPILED)
+def task_vectors(base: Any, addresses: Any, start: int, tau: Any, count: int) -> None:
+    """Those of a block, from element ``start`` on.
+
+    ``base`` is a whole tensor as the checkpoint holds it, bfloat16 seen as ``uint16`` and float16
+    as ``int16``; ``addresses`` are those of the tasks' tensors of the same length and dtype.
+    """
+    own = base[start : start + count]
+    for task in range(len(addresses)):
+        whole = carray(_pointer(addresses[task]), base.shape, base.dtype)
+        values = whole[start : start + count]
+        for i in range(count):
+            tau[task, i] = _wide(values[i]) - _wide(own[i])
+
+
+@njit(**_COMPILED)
+def add(tau: Any, total: Any, count: int) -> None:
+    """The sum of all task vectors, in the order of the configuration."""
+    for i in range(count):
+        total[i] = tau[0, i]
+    for task in range(1, len(tau)):
+        for i in range(count):
+            total[i] += tau[task, i]
+
+
+@njit(**_COMPILED)
+def thin(tau: Any, packed: Any, skipped: int, factor: Any, count: int) -> None:
+    """DARE in place: ``packed`` holds eight bits a byte, lowest first, ours after ``skipped``."""
+    for i in range(count):
+        place = skipped + i
+        kept = _ONE if (packed[place >> 3] >> (place & 7)) & 1 else _ZERO
+        tau[i] = tau[i] * factor * kept + _ZERO
+
+
+@njit(**_COMPILED)
+def magnitudes(tau: Any, out: Any, bits: Any, extremes: Any, count: int) -> Any:
+    """``|τ|`` of all tasks, and the bits of the largest.
+
+    ``extremes`` takes the bits of the least and of the largest of every strip. Those of NaN are
+    above those of infinity, and those above all numbers'.
+    """
+    largest = numpy.int32(0)
+    for task in range(len(tau)):
+        for i in range(count):
+            out[task, i] = abs(tau[task, i])
+        for start in range(0, count, STRIP):
+            part = bits[task, start : min(start + STRIP, count)]
+            least, most = part[0], part[0]
+            for i in range(len(part)):
+                least, most = min(least, part[i]), max(most, part[i])
+            extremes[task, start // STRIP, 0] = least
+            extremes[task, start // STRIP, 1] = most
+            largest = max(largest, most)
+    return largest
+
+
+@njit(**_COMPILED)
+def take_extremes(
+    values: Any, extremes: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any,
+    fills: Any, count: int,
+) -> None:  # fmt: skip
+    """As :func:`take`, for values most of which lie on one side of both fences.
+
+    ``extremes`` are the least and the largest of every strip.
+    """
+    for k in range(len(rows)):
+        row = rows[k]
+        low, high = fences[k, 0], fences[k, 1]
+        for strip in range((count + STRIP - 1) // STRIP):
+            start = strip * STRIP
+            part = values[row, start : min(start + STRIP, count)]
+            if extremes[row, strip, 1] < low:
+                counts[k, 0] += len(part)
+                counts[k, 1] += len(part)
+            elif not extremes[row, strip, 0] >= high:
+                _take_strip(part, k, low, high, tied, counts, pools, fills)
+
+
+@njit(**_COMPILED)
+def take(
+    values: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any, fills: Any, count: int
+) -> None:
+    """Count the values below fences, and keep those between them.
+
+    Line ``k`` looks at row ``rows[k]`` between ``fences[k]``: ``counts[k]`` grows by how many are
+    at most and, where ``tied`` says so, how many are less than the lower one; ``pools[k]`` from
+    ``fills[k]`` on takes those strictly between, and has room for them.
+    """
+    for k in range(len(rows)):
+        low, high = fences[k, 0], fences[k, 1]
+        for start in range(0, count, STRIP):
+            part = values[rows[k], start : min(start + STRIP, count)]
+            _take_strip(part, k, low, high, tied, counts, pools, fills)
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _take_strip(
+    part: Any, k: int, low: Any, high: Any, tied: Any, counts: Any, pools: Any, fills: Any
+) -> None:
+    under = over = numpy.int32(0)  # as many lanes as of float32
+    for i in range(len(part)):
+        under = numpy.int32(under + (part[i] <= low))
+        over = numpy.int32(over + (part[i] >= high))
+    counts[k, 0] += under
+    if tied[k]:
+        for i in range(len(part)):
+            counts[k, 1] += part[i] < low
+    if under + over < len(part):
+        pool, fill = pools[k], fills[k]
+        for i in range(len(part)):
+            value = part[i]
+            pool[fill] = value
+            fill += (value > low) & (value < high)
+        fills[k] = fill
+
+
+@njit(**_COMPILED)
+def scores(
+    tau: Any, total: Any, table: Any, out: Any, products: Any, product_bits: Any, count: int
+) -> bool:
+    """The scores of all tasks; ``False`` where they still wait for hyperbolic tangents.
+
+    ``out`` then holds intra-balancing, and ``products`` what the tangents are of. ``table`` has a
+    row ``low, high, √(n log₂ e) / (high − low), n log₂ e`` per task.
+    """
+    largest = numpy.int32(0)
+    for task in range(len(tau)):
+        low, high = table[task, 0], table[task, 1]
+        factor, exponent = table[task, 2], table[task, 3]
+        for i in range(count):
+            x = (min(max(abs(tau[task, i]), low), high) - low) * factor
+            y = max(x * x - exponent, _LEAST)
+            whole = (y + _ROUNDING) - _ROUNDING
+            f = y - whole
+            p = (((((f * _C6 + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
+            bits = numpy.int32(numpy.int32(numpy.int32(whole) + numpy.int32(127)) << 23)
+            out[task, i] = p * bits.view(numpy.float32)
+        for i in range(count):
+            products[task, i] = tau[task, i] * total[i]
+        for i in range(count):
+            largest = max(largest, numpy.int32(product_bits[task, i] & _MAGNITUDE))
+    if _number(largest) > _SMALL:
+        return False
+    for task in range(len(tau)):
+        for i in range(count):
+            z = products[task, i]
+            out[task, i] *= z + z * z * z * _MINUS_THIRD
+    return True
+
+
+@njit(**_COMPILED)
+def multiply(values: Any, by: Any, count: int) -> None:
+    """Intra-balancing times inter-balancing, in place of the former."""
+    for task in range(len(values)):
+        for i in range(count):
+            values[task, i] *= by[task, i]
+
+
+@njit(**_COMPILED)
+def peaks(values: Any, bits: Any, out: Any, count: int) -> None:
+    """Raise ``out``, a number per task, to the task's largest value."""
+    for task in range(len(values)):
+        largest = bits[task, 0]
+        for i in range(count):
+            largest = max(largest, bits[task, i])
+        if largest >= 0:
+            out[task] = max(out[task], _number(largest))
+        else:  # all are below 0, where the order of integers is another
+            for i in range(count):
+                out[task] = max(out[task], values[task, i])
+
+
+@njit(**_COMPILED)
+def combine(
+    base: Any, start: int, tau: Any, scores: Any, table: Any, smallest: Any, numerator: Any,
+    divisor: Any, bits: Any, count: int,
+) -> Any:  # fmt: skip
+    """The merged values, in ``numerator``; returns the ``bits`` of their largest magnitude.
+
+    ``divisor`` and ``numerator`` are scratch otherwise.
+
+    ``table`` has a row ``low, high, threshold, peak − threshold, −lambda · weight, competes`` per
+    task; ``smallest`` is the least divisor.
+    """
+    for i in range(count):
+        numerator[i] = 0
+        divisor[i] = 0
+    for task in range(len(tau)):
+        low, high, threshold = table[task, 0], table[task, 1], table[task, 2]
+        width, weight = table[task, 3], table[task, 4]
+        if table[task, 5] == 0:
+            continue
+        for i in range(count):
+            delta = tau[task, i]
+            share = (max(scores[task, i], threshold) - threshold) / width
+            clamped = min(max(abs(delta), low), high)
+            signed = weight if delta > 0 else (-weight if delta < 0 else _ZERO)
+            divisor[i] += share
+            numerator[i] += share * clamped * signed
+    own = base[start : start + count]
+    for i in range(count):
+        numerator[i] = _wide(own[i]) - numerator[i] / max(divisor[i], smallest)
+    largest = numpy.int32(0)
+    for i in range(count):
+        largest = max(largest, numpy.int32(bits[i] & _MAGNITUDE))
+    return largest
+
+
+@njit(**_COMPILED)
+def to_bfloat16(bits: Any, out: Any, count: int) -> None:
+    """Finite float32, seen as ``uint32``, to the nearest bfloat16, of two the even one."""
+    for i in range(count):
+        value = numpy.uint32(bits[i])
+        odd = numpy.uint32(numpy.uint32(value >> numpy.uint32(16)) & numpy.uint32(1))
+        rounded = numpy.uint32(value + numpy.uint32(0x7FFF) + odd)
+        out[i] = numpy.uint16(rounded >> numpy.uint32(16))

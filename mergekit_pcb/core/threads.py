@@ -1,0 +1,120 @@
+"""What the threads of a compiled walk work with: memory of their own, and what they have counted.
+
+Counts are whole numbers, and kept values are looked at by rank alone, so a result does not depend
+on who gave them first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy
+import torch
+
+from mergekit_pcb.core.ranks import OrderStatistic
+from mergekit_pcb.core.vectors import STRIP
+
+#: Open order statistics of each task's values.
+Open = Mapping[int, Sequence[OrderStatistic]]
+
+
+class Room:
+    """The memory of a thread: rows of a block for each task, as numpy and torch see them."""
+
+    def __init__(self, tasks: int, size: int) -> None:
+        self.size = size
+        self.tau, self.values, self.products = numpy.empty((3, tasks, size), "f4")
+        self.total, self.merged = numpy.empty((2, size), "f4")
+        self.extremes = numpy.empty((tasks, -(-size // STRIP), 2), "f4")
+        self.spare = torch.empty(size)
+        self.bits, self.product_bits = self.values.view("i4"), self.products.view("i4")
+        self.merged_bits, self.extreme_bits = self.merged.view("i4"), self.extremes.view("i4")
+        self.product_rows = list(torch.from_numpy(self.products))
+        self.merged_row, self.merged_raw = torch.from_numpy(self.merged), self.merged.view("u4")
+        self._pools = numpy.empty((0, 2 * size), "f4")
+
+    def pools(self, lines: int) -> Any:
+        """Memory for what each of so many lines keeps of two blocks."""
+        if len(self._pools) < lines:
+            self._pools = numpy.empty((lines, 2 * self.size), "f4")
+        return self._pools[:lines]
+
+    @classmethod
+    def of_thread(cls, tasks: int, size: int) -> Room:
+        """The room that this thread uses for one tensor after the other."""
+        room: Room | None = getattr(_thread, "room", None)
+        if room is None or (len(room.tau), room.size) != (tasks, size):
+            room = _thread.room = cls(tasks, size)
+        return room
+
+
+class Lines:
+    """Order statistics that several threads show values to: each a line of a table."""
+
+    def __init__(self, open_: Open) -> None:
+        self.statistics = [statistic for own in open_.values() for statistic in own]
+        self.rows = numpy.array([task for task, own in open_.items() for _ in own], numpy.int64)
+        self.lock = threading.Lock()
+
+    def tally(self, room: Room) -> Tally:
+        return Tally(self, room)
+
+
+class Tally:
+    """What one thread has seen since it last gave it to the statistics."""
+
+    def __init__(self, lines: Lines, room: Room) -> None:
+        self._lines, self._size = lines, room.size
+        count = len(lines.statistics)
+        self._counts = numpy.zeros((count, 2), numpy.int64)
+        self._fills = numpy.zeros(count, numpy.int64)
+        self._pools = room.pools(count)
+        self._seen = 0
+        self._look()
+
+    def _look(self) -> None:
+        self._fences = [(statistic.low, statistic.high) for statistic in self._lines.statistics]
+        table = [
+            (-math.inf if low is None else low, math.inf if high is None else high)
+            for low, high in self._fences
+        ]
+        self._table = numpy.array(table, "f4").reshape(-1, 2)
+        self._tied = numpy.array([statistic.tied for statistic in self._lines.statistics])
+
+    def take(self, count: int, kernel: Any, *values: Any) -> None:
+        """See a block of values, a row per task."""
+        asked = self._lines.rows, self._table, self._tied
+        kernel(*values, *asked, self._counts, self._pools, self._fills, count)
+        self._seen += count
+        if self._fills.max(initial=0) > self._size:  # no room for another block
+            self.give()
+
+    def give(self) -> None:
+        """Give it to the statistics, and look where their fences are now."""
+        lines = self._lines
+        with lines.lock:
+            for k, statistic in enumerate(lines.statistics):
+                kept = self._pools[k, : self._fills[k]].copy()
+                at_most, below = map(int, self._counts[k])
+                statistic.absorb(self._seen, self._fences[k], at_most, below, kept)
+            self._look()
+        self._counts[:] = 0
+        self._fills[:] = 0
+        self._seen = 0
+
+
+_thread = threading.local()
+
+
+@functools.cache
+def pool() -> ThreadPoolExecutor:
+    """Threads that wait for walks; a process that forks gets its own."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=pool.cache_clear)
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "mergekit-pcb")

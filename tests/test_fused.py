@@ -1,0 +1,259 @@
+"""Compiled loops and torch's operations give the same bits, whoever does which part."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import numpy
+import pytest
+import torch
+from conftest import pieces
+
+from mergekit_pcb.core import fused, measure, merge
+from mergekit_pcb.core.formulas import POWER_OF_TWO, Balance, power_of_two_
+from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, Recipe
+from mergekit_pcb.core.ranks import OrderStatistic
+from mergekit_pcb.core.vectors import Aligned
+
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(kind, size, tasks, *, step=1e-3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(size, generator=generator).mul(0.02)
+    steps = [torch.randn(size, generator=generator).mul(step) for _ in range(tasks)]
+    return base.to(kind), [(base + own).to(kind) for own in steps]
+
+
+def merged(base, tasks, *, way, density=0.2, clip=1e-4, dare=1.0, weights=None, together=True):
+    """Statistics and merge with compiled loops (``"1"``) or without (``"0"``)."""
+    count = len(tasks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(fused.SWITCH, way)
+        recipe = Recipe.of([density] * count, clip, [dare] * count, 0, range(count))
+        aligned = Aligned.of("w", base, tasks)
+        if together:
+            statistics = measure.measure_together([aligned], recipe)
+        else:  # without a look ahead, as a whole model is measured
+            dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+            statistics = measure.measure(lambda: [aligned], len(aligned), recipe, dtype)
+        return statistics, merge.merge(aligned, statistics, weights or [1.0] * count, 0.9)
+
+
+def assert_same(base, tasks, **options):
+    eager, fast = (merged(base, tasks, way=way, **options) for way in "01")
+    assert fast[0] == eager[0]
+    assert fast[1].dtype == base.dtype
+    # As bits: zeros of both signs are not the same.
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.dtype.itemsize]
+    assert torch.equal(fast[1].view(integer), eager[1].view(integer))
+
+
+@pytest.fixture(params=[None, 5], ids=["blocks as shipped", "blocks of five"])
+def blocks(request):
+    with pieces(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("kind", [*KINDS, torch.float64])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 9])
+@pytest.mark.parametrize("dare", [1.0, 0.3])
+def test_the_bits_are_those_of_torch(kind, tasks, dare):
+    base, models = inputs(kind, 1000, tasks)
+    assert_same(base, models, dare=dare, weights=[1.0 - 0.3 * task for task in range(tasks)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("size", [131_073, 600_011])
+def test_the_bits_of_large_tensors_on_several_threads(kind, size, together):
+    base, models = inputs(kind, size, 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_same(base, models, together=together)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_products_take_torchs_tangents(kind):
+    base, models = inputs(kind, 5000, 3, step=3.0)
+    assert_same(base, models)
+
+
+ADVERSARIAL = {
+    "all the same step": lambda size: torch.full((size,), 0.01),
+    "two values": lambda size: torch.arange(size) % 2 * 0.01,
+    "sorted": lambda size: torch.linspace(-0.01, 0.01, size),
+    "one outlier": lambda size: torch.zeros(size).index_fill(0, torch.tensor(3), 5.0),
+    "nothing changed": torch.zeros,
+    "negative zeros": lambda size: -torch.zeros(size),
+    "subnormal": lambda size: torch.linspace(-1, 1, size) * 1e-39,
+}
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_the_bits_of_inputs_that_are_hard_to_rank(name, kind, together):
+    size = 150_000
+    base = torch.randn(size, generator=torch.Generator().manual_seed(1)).mul(0.02).to(kind)
+    step = ADVERSARIAL[name](size)
+    assert_same(base, [(base + step).to(kind), (base - 0.5 * step).to(kind)], together=together)
+
+
+def test_opposite_tasks_have_scores_below_zero_alone():
+    """The peak of a task all of whose scores are negative is looked for in another way."""
+    base, (near,) = inputs(torch.float32, 5000, 1)
+    far = base - 2 * (near - base)
+    assert_same(base, [near, far])
+    statistics, _ = merged(base, [near, far], way="1")
+    assert statistics.balances[0].peak <= 0
+
+
+@pytest.mark.parametrize("where", ["base", "task"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinity_are_found_on_the_way(kind, value, where):
+    base, models = inputs(kind, 70_000, 2)
+    (base if where == "base" else models[1])[66_001] = value
+    with pytest.raises(NotFiniteError) as raised:
+        merged(base, models, way="1")
+    assert raised.value.task == (None if where == "base" else 1)
+
+
+def test_what_float32_cannot_square_is_measured_in_float64():
+    base = torch.zeros(5000)
+    tiny = [torch.linspace(-1e-22, 1e-22, 5000), torch.linspace(1e-22, -2e-22, 5000)]
+    assert_same(base, tiny)
+    assert merged(base, tiny, way="1")[0].dtype == torch.float64
+
+
+def test_a_result_beyond_the_dtype_is_refused_by_both():
+    base, models = inputs(torch.float16, 5000, 2)
+    for way in "01":
+        with pytest.raises(OutOfRangeError):
+            merged(base, models, way=way, weights=[1e9, 1e9])
+
+
+def test_powers_of_two_are_exact_to_a_unit_in_the_last_place():
+    exponents = torch.linspace(-126, 0, 1_000_003)
+    scratch = torch.empty_like(exponents), torch.empty_like(exponents)
+    exact = torch.exp2(exponents.double())
+    found = power_of_two_(exponents.clone(), scratch=scratch)
+    assert float(((found.double() - exact) / exact).abs().max()) < 1.05e-7
+    assert len(POWER_OF_TWO) == 7
+    below = torch.tensor([-200.0, -126.0, 0.0])
+    scratch = torch.empty_like(below), torch.empty_like(below)
+    assert power_of_two_(below, scratch=scratch).tolist() == [2.0**-126, 2.0**-126, 1.0]
+
+
+def test_every_float16_is_read_as_torch_reads_it():
+    kernels = fused.compiled(torch.float16)
+    raw = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    found, zeros = numpy.empty((1, len(raw)), "f4"), torch.zeros_like(raw).numpy()
+    addresses = numpy.array([raw.data_ptr()])
+    kernels.task_vectors(zeros, addresses, 0, found, len(raw))
+    expected = raw.view(torch.float16).float()
+    assert torch.equal(torch.from_numpy(found[0]).nan_to_num(9e9), expected.nan_to_num(9e9))
+
+
+def test_every_float32_that_matters_is_rounded_as_torch_rounds_it():
+    kernels = fused.compiled(torch.bfloat16)
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 20,), dtype=torch.int32)
+    values = bits.view(torch.float32)
+    values = values[values.isfinite()].contiguous()
+    found = numpy.empty(len(values), "u2")
+    kernels.to_bfloat16(values.numpy().view("u4"), found, len(values))
+    assert torch.equal(torch.from_numpy(found), values.bfloat16().view(torch.uint16))
+
+
+def test_a_statistic_takes_counts_between_older_fences():
+    """A thread that saw values between wider fences gives them in after these were drawn closer."""
+    values = torch.arange(1000.0)
+    statistic = OrderStatistic(500, 1000, low=-math.inf, high=math.inf)
+    statistic.low, statistic.high = 400.0, 600.0
+    for part in values.split(250):
+        seen = (-math.inf, math.inf)
+        statistic.absorb(len(part), seen, 0, 0, part.numpy().copy())
+    assert statistic.settle() == 500.0
+
+
+def test_an_error_in_a_thread_ends_the_walk(monkeypatch):
+    base, models = inputs(torch.float32, 400_000, 2)
+    monkeypatch.setattr(fused, "BLOCKS_PER_PIECE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    own = threading.current_thread()
+    found = fused.Fused(Aligned.of("w", base, models), fused.compiled(torch.float32))
+    real = found._task_vectors
+
+    def broken(room, start, count):
+        if threading.current_thread() is not own:
+            raise MemoryError("no room")
+        real(room, start, count)
+
+    monkeypatch.setattr(found, "_task_vectors", broken)
+
+    def walk():  # a thread that starts late may find nothing left to do
+        for _ in range(20):
+            found.scores({}, [Balance(0.0, 1.0, 0.0, 1.0)] * 2)
+
+    with pytest.raises(MemoryError, match="no room"):
+        walk()
+
+
+BROKEN = {
+    "an import that fails": "sys.modules['numba'] = None",
+    "a folder that cannot be written": (
+        "import numba.core.caching as c; c.CacheImpl._locator_classes = []"
+    ),
+    "wrong numbers": (
+        "from mergekit_pcb.core import kernels; kernels.combine = lambda *a: 0x7F800000"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_engine_is_said_once_and_merges_go_on(name):
+    program = f"""
+import sys, logging
+logging.basicConfig()
+{BROKEN[name]}
+import torch
+from mergekit.merge_methods import merge_tensors
+import mergekit_pcb
+torch.manual_seed(0)
+tensors = [torch.randn(100, 50) for _ in range(3)]
+for _ in range(2):
+    out = merge_tensors(tensors, "pcb", base_index=0, parameters={{"density": 0.3}})
+print(out.double().sum().item())
+"""
+    said = []
+    for way in ("1", "0"):
+        environment = {**os.environ, fused.SWITCH: way}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        )
+        said.append((done.stdout, done.stderr.count("merging without compiled loops")))
+    assert said[0] == (said[1][0], 1)
+    assert said[1][1] == 0
+
+
+def test_small_tensors_do_not_load_the_engine():
+    program = """
+import sys, torch
+from mergekit.merge_methods import merge_tensors
+import mergekit_pcb
+merge_tensors([torch.randn(64, 64) for _ in range(3)], "pcb", base_index=0)
+assert "numba" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if name != fused.SWITCH}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
