@@ -22,6 +22,7 @@ PRELOADED = [
     "transformers",
     "optuna",
     "matplotlib.figure",
+    "compiled",  # beside this file
 ]
 #: Beginnings of the variables that imports read; one of them is set by an import.
 READ = ("CUDA", "HF_", "HOME", "LD_", "MERGEKIT", "OMP", "PATH", "PYTHON", "TMPDIR", "XDG")
@@ -59,7 +60,7 @@ def _can_fork():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         before = os.environ.copy()
-        os.environ.update(THREADS)
+        os.environ.update(THREADS, PYTHONPATH=str(pathlib.Path(__file__).parent))
         try:
             multiprocessing.forkserver.ensure_running()
         finally:
