@@ -177,10 +177,16 @@ def test_every_command_is_run_or_said_why_not(tmp_path, monkeypatch):
         if words[1] != "demo" and tuple(words) not in ran:  # test_demo.py runs that
             run(*words)
         ran.add(tuple(words))
-    assert {words[1] for words in ran} == {
-        "check", "demo", "identity-adapter", "measure", "report", "search"
+    assert {words[words[0] == "mergekit-pcb"] for words in ran} == {
+        "check", "demo", "identity-adapter", "measure", "mergekit-yaml", "report", "search"
     }  # fmt: skip
-    for file in ("identity.safetensors", "report/report.html", "statistics.json", "best.yml"):
+    for file in (
+        "merged",
+        "identity.safetensors",
+        "report/report.html",
+        "statistics.json",
+        "best.yml",
+    ):
         assert (tmp_path / file).exists()
 
 

@@ -515,7 +515,8 @@ def test_report_says_how_far_and_with_which_exponent(tmp_path, family):
     parameters = {"density": DENSITY, "refine": "solve", "lambda": 1.5}
     file.write_text(yaml.safe_dump(configuration(family, parameters=parameters)))
     said = run("mergekit-pcb", "report", file, "-o", out).stdout
-    assert "29 tensors are refined" in said
+    assert "refine changes 29 tensors" in said
+    assert "before refine" in said
     data = json.loads((out / "report.json").read_text())["tensors"]
     states = [tensors(path) for path in family]
     wanted = expected(states, LLAMA)

@@ -452,7 +452,7 @@ def test_a_search_that_cannot_fit_is_refused_before_it_measures(place, monkeypat
 
     usage = search_merges.shutil.disk_usage(place)._replace(free=10_000)
     monkeypatch.setattr(search_merges.shutil, "disk_usage", lambda _: usage)
-    assert "0.00 GB are free there; make room" in refused(*arguments())
+    assert "10.0kB are free there; make room" in refused(*arguments())
     assert not (place / "best.search" / "contributions").exists()
 
 

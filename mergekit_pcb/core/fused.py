@@ -38,8 +38,8 @@ SMALLEST = 1 << 12
 # once after installation).
 WORTH_LOADING = 1 << 22
 _ready: set[torch.dtype] = set()
-_RAW = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-_KINDS = (torch.float32, *_RAW)
+# What numpy takes the bits of a dtype for.
+_KINDS = {torch.float32: "f4", torch.bfloat16: "u2", torch.float16: "i2"}
 
 
 def of(aligned: Aligned, dtype: torch.dtype) -> Fused | None:
@@ -105,10 +105,9 @@ class Fused:
 
     def __init__(self, aligned: Aligned, kernels: Any) -> None:
         self._aligned, self._kernels, self._count = aligned, kernels, len(aligned.tasks)
-        raw = _RAW.get(aligned.base.dtype)
-        self._base = (aligned.base if raw is None else aligned.base.view(raw)).numpy()
+        self._base = _bits(aligned.base)
         self._addresses = numpy.array([task.data_ptr() for task in aligned.tasks], "i8")
-        self._block = BLOCK_ELEMENTS * BLOCK_TASKS // max(BLOCK_TASKS, self._count)
+        self._block = max(1, BLOCK_ELEMENTS * BLOCK_TASKS // max(BLOCK_TASKS, self._count))
 
     def magnitudes(self, open_: Open) -> float:
         """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
@@ -159,8 +158,8 @@ class Fused:
         ]
         weights, smallest = numpy.array(rows, "f4"), numpy.float32(SMALLEST_DIVISOR)
         limit = torch.finfo(out.dtype).max
-        direct = out.numpy() if out.dtype == torch.float32 else None
-        halves = out.view(torch.uint16).numpy() if out.dtype == torch.bfloat16 else None
+        direct = _bits(out) if out.dtype == torch.float32 else None
+        halves = _bits(out) if out.dtype == torch.bfloat16 else None
         beyond: list[bool] = []
 
         def work(room: Room, blocks: Iterator[tuple[int, int]]) -> None:
@@ -241,6 +240,12 @@ class Fused:
             stopped.set()
             for other in others:
                 other.exception()
+
+
+def _bits(tensor: torch.Tensor) -> Any:
+    """The same memory as the loops take it."""
+    plain = tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)
+    return plain.numpy().view(_KINDS[tensor.dtype])
 
 
 def _number(bits: int) -> float:
