@@ -63,7 +63,7 @@ def test_bits_do_not_depend_on_chunks_or_threads(dtype):
         {"low": 1e30, "high": 2e30, "tied": True},
     ],
 )
-@pytest.mark.parametrize("compiled", ["0", "1"])
+@pytest.mark.parametrize("compiled", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_guess_never_changes_the_bits(guess, compiled):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     kept = merge(tensors, density=0.2)

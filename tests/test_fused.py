@@ -57,9 +57,12 @@ def blocks(request):
         yield
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("kind", [*KINDS, torch.float64])
-@pytest.mark.parametrize("tasks", [1, 2, 3, 9])
+@pytest.mark.parametrize("tasks", [1, 2, pytest.param(3, marks=SLOW), pytest.param(9, marks=SLOW)])
 @pytest.mark.parametrize("dare", [1.0, 0.3])
 def test_the_bits_are_those_of_torch(kind, tasks, dare):
     base, models = inputs(kind, 1000, tasks)
@@ -68,7 +71,7 @@ def test_the_bits_are_those_of_torch(kind, tasks, dare):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("size", [131_073, 600_011])
+@pytest.mark.parametrize("size", [131_073, pytest.param(600_011, marks=SLOW)])
 def test_the_bits_of_large_tensors_on_several_threads(kind, size, together):
     base, models = inputs(kind, size, 3)
     before = torch.get_num_threads()
@@ -96,8 +99,10 @@ ADVERSARIAL = {
 }
 
 
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("together", [True, pytest.param(False, marks=SLOW)])
+@pytest.mark.parametrize(
+    "kind", [torch.bfloat16, *(pytest.param(k, marks=SLOW) for k in KINDS[::2])]
+)
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_the_bits_of_inputs_that_are_hard_to_rank(name, kind, together):
     size = 150_000
@@ -217,6 +222,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_engine_is_said_once_and_merges_go_on(name):
     program = f"""

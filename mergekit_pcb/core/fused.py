@@ -185,16 +185,11 @@ class Fused:
         return not any(beyond)
 
     def _intervals(self, balances: Sequence[Balance], tasks: int) -> Any:
-        rows = [
-            (
-                b.low,
-                b.high,
-                0 if b.constant else math.sqrt(tasks * LOG2_E) / b.width,
-                tasks * LOG2_E,
-            )
-            for b in balances
-        ]
-        return numpy.array(rows, "f4")
+        exponent = tasks * LOG2_E
+        factors = [0 if b.constant else math.sqrt(exponent) / b.width for b in balances]
+        rows = [(b.low, b.high, f, exponent) for b, f in zip(balances, factors, strict=True)]
+        with numpy.errstate(over="ignore"):  # infinite, as torch has it
+            return numpy.array(rows, "f4")
 
     def _task_vectors(self, room: Room, start: int, count: int) -> None:
         """Those of a block, thinned."""
