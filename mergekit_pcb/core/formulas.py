@@ -71,6 +71,11 @@ def magnitude(tau: torch.Tensor, balance: Balance, *, out: torch.Tensor) -> torc
     return torch.abs(tau, out=out).clamp_(balance.low, balance.high)
 
 
+def factor(balance: Balance, tasks: int) -> float:
+    """What takes a clamped magnitude above ``low`` to the root of its exponent of two."""
+    return math.sqrt(tasks * LOG2_E) / balance.width
+
+
 def score(
     tau: torch.Tensor,
     clamped: torch.Tensor,
@@ -89,10 +94,8 @@ def score(
     and so changes no weight, but cannot overflow (``exp(n x²)`` does from 89 tasks on in
     float32).
     """
-    # x scaled by the root of what its square would have to be multiplied by.
-    factor = tasks * LOG2_E
-    x = torch.sub(clamped, balance.low, out=out).mul_(math.sqrt(factor) / balance.width)
-    intra = power_of_two_(x.mul_(x).sub_(factor), scratch=scratch)
+    x = torch.sub(clamped, balance.low, out=out).mul_(factor(balance, tasks))
+    intra = power_of_two_(x.mul_(x).sub_(tasks * LOG2_E), scratch=scratch)
     return intra.mul_(tanh_(torch.mul(tau, total, out=scratch[0]), scratch=scratch[1]))
 
 

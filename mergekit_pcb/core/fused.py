@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 import torch
 
-from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, tanh_
+from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor, tanh_
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.threads import Lines, Open, Room, pool
 from mergekit_pcb.core.vectors import STRIP, Aligned
@@ -185,11 +185,10 @@ class Fused:
         return not any(beyond)
 
     def _intervals(self, balances: Sequence[Balance], tasks: int) -> Any:
-        exponent = tasks * LOG2_E
-        factors = [0 if b.constant else math.sqrt(exponent) / b.width for b in balances]
-        rows = [(b.low, b.high, f, exponent) for b, f in zip(balances, factors, strict=True)]
-        with numpy.errstate(over="ignore"):  # infinite, as torch has it
-            return numpy.array(rows, "f4")
+        rows = [
+            (b.low, b.high, 0 if b.constant else factor(b, tasks), tasks * LOG2_E) for b in balances
+        ]
+        return numpy.array(rows, "f4")
 
     def _task_vectors(self, room: Room, start: int, count: int) -> None:
         """Those of a block, thinned."""

@@ -17,6 +17,7 @@ from mergekit_pcb.core import fused
 from mergekit_pcb.core.dare import Dare
 from mergekit_pcb.core.formulas import (
     Balance,
+    factor,
     high_rank,
     low_rank,
     magnitude,
@@ -192,6 +193,10 @@ def _balances(
 ) -> tuple[Balance, ...]:
     """The intervals completed by threshold and peak of the scores."""
     ranks = [threshold_rank(count, density) for density in recipe.densities]
+    factors = [factor(own, len(ranks)) for own in intervals if not own.constant]
+    # Magnitudes that are subnormal.
+    if scratch.dtype != torch.float64 and max(factors, default=0) > torch.finfo(scratch.dtype).max:
+        raise OutOfRangeError("")
     peaks = dict.fromkeys(range(len(ranks)), -math.inf)
 
     def scores(open_: Open) -> None:
