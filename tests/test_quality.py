@@ -431,13 +431,40 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
     places = [columns.index("glyphs, near"), columns.index("language, near")]
     stored = {cells[0]: [cells[place] for place in places] for cells in lines}
     readme = (ROOT / "README.md").read_text().split("## How good, how fast")[1]
-    quoted = re.findall(r"^\| (.+?) \| (.+?/.+?) \| (.+?/.+?) \|$", readme, re.MULTILINE)
+    quoted = re.findall(
+        r"^\| (.+?) \| (.+?/.+?) \| (.+?/.+?) \| (.+?/.+?) \|$", readme, re.MULTILINE
+    )
     assert len(quoted) == 6
-    for method, *cells in quoted:
+    for method, _, *cells in quoted:
         name = method.replace("`", "").replace("RegMean, which sees data", "RegMean (sees data)")
         assert [cell.replace("**", "") for cell in cells] == stored[name], method
     methods_of_all = {tuple(row.method for row in r.first) for r in records}
     assert methods_of_all == {tuple(m.name for m in refined.METHODS_OF_THIS)}
+
+
+def test_what_is_said_of_pretrained_models_is_in_their_records(tmp_path):
+    files = sorted((STORED / "pretrained").glob("*.json"))
+    records = [experiments.Record.model_validate_json(file.read_text()) for file in files]
+    assert {(record.suite, record.tier) for record in records} == {("encoder", "full")}
+    assert tables.write(records, tmp_path) == (STORED / "pretrained" / "tables.md").read_text()
+    told = {}
+    for line in [*tables.summary(records)][2:]:
+        method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        told[method] = [cell.split(" ")[0] for cell in cells]
+    quoted = 0
+    for page in ("README.md", "docs/quality.md"):
+        for line in (ROOT / page).read_text().split("## Models trained")[0].splitlines():
+            method, *cells = [c.strip() for c in re.sub(r"[*`]", "", line).strip("|").split("|")]
+            method = method.replace(", which sees data", "")
+            method = method.replace("task_arithmetic, solved and evened", PLAIN_SOLVED)
+            if len(cells) == 3 and method in told:
+                found = cells[0].split(" / ") if "/" in cells[0] else cells[:2]
+                assert found == told[method], (page, method)
+                quoted += 1
+    assert quoted == 6 + 10
+
+
+PLAIN_SOLVED = "task_arithmetic + solve + spectrum"
 
 
 def test_the_benchmark_of_refine_trains_what_its_tables_show(tmp_path, monkeypatch):
