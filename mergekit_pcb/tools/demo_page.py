@@ -24,8 +24,8 @@ def page(results: Results, directory: pathlib.Path, picture: pathlib.Path | None
         yield ""
         yield from block
     yield ""
-    files = f"{RESULTS} and {PICTURE}" if picture is not None else RESULTS
-    yield f"The models, {files} are in {directory}"
+    files = f", {RESULTS} and {PICTURE}" if picture is not None else f" and {RESULTS}"
+    yield f"The models{files} are in {directory}"
     if picture is None:
         yield "(no picture: pip install matplotlib)"
     yield from next_commands(directory, can_draw=picture is not None)
