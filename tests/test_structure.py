@@ -39,7 +39,14 @@ ARROWS = {
     "core.vectors": {"core.dare"},
     "core.kernels": {"core.formulas", "core.vectors"},
     "core.threads": {"core.ranks", "core.vectors"},
-    "core.fused": {"core.formulas", "core.kernels", "core.ranks", "core.threads", "core.vectors"},
+    "core.fused": {
+        "core.dare",
+        "core.formulas",
+        "core.kernels",
+        "core.ranks",
+        "core.threads",
+        "core.vectors",
+    },
     "core.measure": {
         "core.dare",
         "core.formulas",

@@ -118,7 +118,8 @@ class Mask:
         ]
         if self._count <= PIECE_ELEMENTS or torch.get_num_threads() == 1:
             return [functools.partial(self._piece, piece) for piece in pieces]
-        return [_pool().submit(self._piece, piece).result for piece in pieces]
+        threads = pool("masks", torch.get_num_threads())
+        return [threads.submit(self._piece, piece).result for piece in pieces]
 
     def _piece(self, piece: tuple[int, int]) -> Any:
         start, count = piece
@@ -172,13 +173,14 @@ def unpack(packed: Any, skipped: int, *, out: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="dare")
+def pool(purpose: str, threads: int) -> ThreadPoolExecutor:
+    """Threads of one purpose alone: a walk waits for masks, and neither may wait for itself."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=purpose)
 
 
 # A forked child has none of its parent's threads.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 @functools.lru_cache(maxsize=16)

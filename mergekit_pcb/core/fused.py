@@ -19,9 +19,10 @@ from typing import Any
 import numpy
 import torch
 
+from mergekit_pcb.core.dare import pool
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor, tanh_
 from mergekit_pcb.core.ranks import OrderStatistic
-from mergekit_pcb.core.threads import Lines, Open, Room, pool
+from mergekit_pcb.core.threads import Lines, Open, Room
 from mergekit_pcb.core.vectors import STRIP, Aligned
 
 LOG = logging.getLogger(__name__)
@@ -224,8 +225,9 @@ class Fused:
         def run() -> None:
             work(Room.of_thread(self._count, size), blocks())
 
-        helpers = min(torch.get_num_threads(), -(-total // (size * BLOCKS_PER_PIECE))) - 1
-        others = [pool().submit(run) for _ in range(helpers)]
+        threads = torch.get_num_threads()
+        helpers = min(threads, -(-total // (size * BLOCKS_PER_PIECE))) - 1
+        others = [pool("walks", threads).submit(run) for _ in range(helpers)]
         try:
             run()
             for other in others:

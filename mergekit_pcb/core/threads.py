@@ -6,12 +6,9 @@ on who gave them first.
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -110,11 +107,3 @@ class Tally:
 
 
 _thread = threading.local()
-
-
-@functools.cache
-def pool() -> ThreadPoolExecutor:
-    """Threads that wait for walks; a process that forks gets its own."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=pool.cache_clear)
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "mergekit-pcb")

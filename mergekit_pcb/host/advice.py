@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from mergekit.common import ModelReference
 from pydantic import BaseModel
 
 from mergekit_pcb.errors import printable
@@ -44,7 +43,7 @@ def ignored_in(part: Any) -> Iterator[str]:
         model = part.get("model")
         for name in part.get("parameters") or ():
             if wrong := ignored(name, per_model=model is not None):
-                yield f"{f'{ModelReference.model_validate(model)}: ' if model else ''}{wrong}"
+                yield f"{model}: {wrong}" if model else wrong
         for name, inner in part.items():
             if name != "parameters":
                 yield from ignored_in(inner)
