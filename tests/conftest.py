@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from mergekit_pcb.core import fused, ranks, sample, vectors
+from mergekit_pcb.core import cells, fused, ranks, sample, vectors
 
 # The compiled loops run in the tests' small merges, too; test_fused.py runs both ways.
 os.environ.setdefault(fused.SWITCH, "1")
@@ -26,7 +26,8 @@ def pieces(size):
             for module in (ranks, sample):
                 patch.setattr(module, "POOL_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)
-            patch.setattr(ranks, "CELLS", 64)
+            patch.setattr(cells, "CELLS", 64)
+            patch.setattr(cells, "SLICE_ELEMENTS", 3 * size)
             patch.setattr(sample, "LARGEST_SAMPLE", 16 * size)
             patch.setattr(fused, "BLOCK_ELEMENTS", size)
             patch.setattr(fused, "BLOCKS_PER_PIECE", 2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import pieces
 
-from mergekit_pcb.core import fused, measure, merge
+from mergekit_pcb.core import dare, fused, kernels, measure, merge, philox, ranks
 from mergekit_pcb.core.formulas import POWER_OF_TWO, Balance, power_of_two_
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, Recipe
 from mergekit_pcb.core.ranks import OrderStatistic
@@ -83,9 +83,39 @@ def test_the_bits_of_large_tensors_on_several_threads(kind, size, together):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_products_take_torchs_tangents(kind):
-    base, models = inputs(kind, 5000, 3, step=3.0)
-    assert_same(base, models)
+@pytest.mark.parametrize("dare", [1.0, 0.3])
+def test_large_products_take_torchs_tangents(kind, dare):
+    """In all blocks, or in some of them; what comes after them goes on as before."""
+    base, models = inputs(kind, 50_000, 3, step=3.0)
+    assert_same(base, models, dare=dare)
+    base, models = inputs(kind, 50_000, 3)
+    for place in (0, 20_001, 20_002, 49_999):
+        models[1][place] += 4
+    assert_same(base, models, dare=dare)
+
+
+def test_compiled_code_draws_the_masks_of_numpys_generator():
+    philox_key = dare.key(3, 1, "model.layers.0.mlp.up_proj.weight")
+    for counter, count, fence in ((0, 1, 0), (7, 1000, 65535), (1 << 40, 4096, 30_000)):
+        for found, expected in zip(
+            philox.against(philox_key, counter, count, fence),
+            dare.against(philox_key, counter, count, fence),
+            strict=True,
+        ):
+            bits = numpy.unpackbits(found, count=count, bitorder="little")
+            assert numpy.array_equal(
+                bits, numpy.unpackbits(expected, count=count, bitorder="little")
+            )
+
+
+@pytest.mark.parametrize("density", [0.5, 0.3, 1e-3, 1 - 1e-5, 1 - 2.0**-40, 2.0**-29])
+def test_masks_do_not_depend_on_who_compares_words(density, monkeypatch):
+    drawn = []
+    for compare in (philox.against, dare.against):
+        monkeypatch.setattr(dare, "compare", compare)
+        mask = dare.Mask(dare.Dare(density, 5, 2), "w", 3_000_001)
+        drawn.append(numpy.unpackbits(mask.packed(0, 3_000_001)[0], bitorder="little")[:3_000_001])
+    assert numpy.array_equal(*drawn)
 
 
 ADVERSARIAL = {
@@ -157,24 +187,42 @@ def test_powers_of_two_are_exact_to_a_unit_in_the_last_place():
     assert power_of_two_(below, scratch=scratch).tolist() == [2.0**-126, 2.0**-126, 1.0]
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("kind", [*KINDS, torch.float64])
+@pytest.mark.parametrize("dare", [1.0, 0.3])
+@pytest.mark.parametrize("together", [True, False])
+def test_ranks_as_accelerators_find_them_give_the_same_bits(kind, dare, together, monkeypatch):
+    base, models = inputs(kind, 3000, 3)
+    expected = merged(base, models, way="0", dare=dare, together=together)
+    monkeypatch.setattr(ranks, "HOST", "another device")
+    found = merged(base, models, way="0", dare=dare, together=together)
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
+
+
 def test_every_float16_is_read_as_torch_reads_it():
-    kernels = fused.compiled(torch.float16)
     raw = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     found, zeros = numpy.empty((1, len(raw)), "f4"), torch.zeros_like(raw).numpy()
-    addresses = numpy.array([raw.data_ptr()])
-    kernels.task_vectors(zeros, addresses, 0, found, len(raw))
+    addresses, none = numpy.array([raw.data_ptr()]), numpy.zeros((1, 0), "u1")
+    kernels.task_vectors(zeros, addresses, none, numpy.zeros(1, "f4"), 0, 0, found, len(raw))
     expected = raw.view(torch.float16).float()
     assert torch.equal(torch.from_numpy(found[0]).nan_to_num(9e9), expected.nan_to_num(9e9))
 
 
-def test_every_float32_that_matters_is_rounded_as_torch_rounds_it():
-    kernels = fused.compiled(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("kind", "written", "largest"), [(torch.bfloat16, "u2", math.inf), (torch.float16, "i2", 65504)]
+)
+def test_every_float32_that_matters_is_rounded_as_torch_rounds_it(kind, written, largest):
     bits = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 20,), dtype=torch.int32)
-    values = bits.view(torch.float32)
-    values = values[values.isfinite()].contiguous()
-    found = numpy.empty(len(values), "u2")
-    kernels.to_bfloat16(values.numpy().view("u4"), found, len(values))
-    assert torch.equal(torch.from_numpy(found), values.bfloat16().view(torch.uint16))
+    near = torch.randn(1 << 20) * 2.0 ** torch.randint(-30, 17, (1 << 20,))
+    edges = torch.tensor([0.0, -0.0, 2.0**-14, 2.0**-24, 2.0**-25, 65504.0, -65504.0])
+    # Halfway between two: the even one is due.
+    halves = torch.arange(0, 2048).float().add(0.5) * 2.0**-24
+    values = torch.cat((bits.view(torch.float32), near, edges, halves, -halves))
+    values = values[(values.isfinite()) & (values.abs() <= largest)].contiguous()
+    found = numpy.empty(len(values), written)
+    kernels.store(values.numpy(), values.numpy().view("i4"), found, len(values))
+    assert torch.equal(torch.from_numpy(found.view("i2")), values.to(kind).view(torch.int16))
 
 
 def test_a_statistic_takes_counts_between_older_fences():
@@ -194,14 +242,14 @@ def test_an_error_in_a_thread_ends_the_walk(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     own = threading.current_thread()
     found = fused.Fused(Aligned.of("w", base, models), fused.compiled(torch.float32))
-    real = found._task_vectors
+    real = found._inputs
 
-    def broken(room, start, count):
+    def broken(*given):
         if threading.current_thread() is not own:
             raise MemoryError("no room")
-        real(room, start, count)
+        return real(*given)
 
-    monkeypatch.setattr(found, "_task_vectors", broken)
+    monkeypatch.setattr(found, "_inputs", broken)
 
     def walk():  # a thread that starts late may find nothing left to do
         for _ in range(20):
@@ -217,8 +265,9 @@ BROKEN = {
         "import numba.core.caching as c; c.CacheImpl._locator_classes = []"
     ),
     "wrong numbers": (
-        "from mergekit_pcb.core import kernels; kernels.combine = lambda *a: 0x7F800000"
+        "from mergekit_pcb.core import walks; walks.walk_magnitudes = lambda *a: (a[6], 0x7F800000)"
     ),
+    "wrong masks": ("from mergekit_pcb.core import philox; philox.compare = lambda *a: None"),
 }
 
 

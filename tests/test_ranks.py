@@ -1,5 +1,7 @@
 """Exact order statistics, compared with sorting."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import pieces
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_pcb.core import ranks
+from mergekit_pcb.core.cells import Cells
 from mergekit_pcb.core.ranks import OrderStatistic
 
 
@@ -55,12 +58,27 @@ def test_equals_sorting(name, dtype, pool):
             assert answer == ordered[rank], (name, rank)
 
 
+@contextlib.contextmanager
+def as_on(device):
+    """On ``"accelerator"``, the code for tensors on another device, with tensors on this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "accelerator":
+            patch.setattr(ranks, "HOST", "another device")
+        yield
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def device(request):
+    with as_on(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", distributions(torch.float32))
 @pytest.mark.parametrize("pool", [None, 5])
-def test_equals_sorting_with_the_code_for_accelerators(name, pool, monkeypatch):
-    """The same code on torch's own arrays, which CPUs leave to numpy's."""
-    monkeypatch.setattr(ranks, "_array", lambda values: values)
-    values = distributions(torch.float32)[name]
+def test_equals_sorting_with_the_code_for_accelerators(name, dtype, pool, monkeypatch):
+    monkeypatch.setattr(ranks, "HOST", "another device")
+    values = distributions(dtype)[name]
     ordered = values.sort().values
     with pieces(pool):
         for share in (0.0, 0.01, 0.5, 0.9999, 1.0):
@@ -74,6 +92,7 @@ def test_equals_sorting_with_the_code_for_accelerators(name, pool, monkeypatch):
 @pytest.mark.parametrize("high", [None, -8.0, 0.0, 0.2, 0.9, 9.5])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pool", [None, 5])
+@pytest.mark.usefixtures("device")
 def test_a_bad_guess_costs_sweeps_but_not_exactness(low, high, tied, pool):
     if low is not None and high is not None and low > high:
         low, high = high, low
@@ -139,15 +158,14 @@ def test_equals_sorting_for_any_floats(numbers, data):
     guess = data.draw(fence), data.draw(fence)
     if None not in guess:
         guess = min(guess), max(guess)
-    with pieces(data.draw(st.sampled_from([None, 1, 3]))):
+    where = as_on(data.draw(st.sampled_from(["cpu", "accelerator"])))
+    with where, pieces(data.draw(st.sampled_from([None, 1, 3]))):
         found = settled(values, rank, piece=piece, guess=guess, tied=data.draw(st.booleans()))
         assert found[0] == values.sort().values[rank]
 
 
-@pytest.mark.parametrize("array", ["numpy", "torch"])
-def test_a_tie_that_was_foreseen_takes_one_sweep_and_no_memory(array, monkeypatch):
-    if array == "torch":
-        monkeypatch.setattr(ranks, "_array", lambda values: values)
+@pytest.mark.usefixtures("device")
+def test_a_tie_that_was_foreseen_takes_one_sweep_and_no_memory():
     values = torch.randn(5000, generator=torch.Generator().manual_seed(3))
     values[::2] = 0.0
     values[::4] = -0.0
@@ -166,3 +184,29 @@ def test_a_short_sweep_is_noticed():
     statistic.push(torch.ones(2))
     with pytest.raises(ValueError, match="brought 2 values where 3 were due"):
         statistic.settle()
+
+
+def test_an_accelerator_counts_what_the_cpu_counts():
+    values = distributions(torch.float32)["heavy ties"]
+    low, high = -0.25, 0.75
+    counted = Cells(low, high, torch.float32, values.device)
+    for part in values.split(97):
+        counted.add_all(part, tied=True)
+    found = counted.settle(2500)
+    assert found.at_most == int((values <= low).sum())
+    assert found.below == int((values < low).sum())
+    assert found.inside == int(((values > low) & (values < high)).sum())
+    assert found.low < values.sort().values[2500] < found.high
+
+
+def test_an_accelerator_needs_one_pass_with_a_guess_and_two_without():
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(5)).abs()
+    ordered = values.sort().values
+    with as_on("accelerator"):
+        for rank in (30, 150_000, 299_990):
+            assert settled(values, rank, piece=10_000) == (ordered[rank], 2)
+            near = ordered[max(0, rank - 1500)].item(), ordered[min(299_999, rank + 1500)].item()
+            guess = (None if rank == 30 else near[0]), (None if rank == 299_990 else near[1])
+            answer, sweeps = settled(values, rank, piece=10_000, guess=guess)
+            assert answer == ordered[rank]
+            assert sweeps == 1 if rank == 150_000 else sweeps <= 2

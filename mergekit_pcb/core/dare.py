@@ -124,12 +124,16 @@ class Mask:
     def _piece(self, piece: tuple[int, int]) -> Any:
         start, count = piece
         upper, lower = divmod(round(self._dare.density * 2**32), 1 << 16)
-        words = draw(self._key, start // WORDS_PER_COUNTER, count)
-        kept = words < upper
-        for place in numpy.flatnonzero(words == upper) if lower else ():
-            counter, word = divmod(start + int(place), WORDS_PER_COUNTER)
-            kept[place] = draw(self._key, counter + (1 << 192), WORDS_PER_COUNTER)[word] < lower
-        return numpy.packbits(kept, bitorder="little")
+        first = start // WORDS_PER_COUNTER
+        below, equal = compare(self._key, first, count, min(upper, (1 << 16) - 1))
+        kept = (below if upper < 1 << 16 else ~numpy.zeros_like(below))[: -(-count // 8)]
+        ties = numpy.unpackbits(equal, count=count, bitorder="little") if lower else ()
+        for place in map(int, numpy.flatnonzero(ties)):
+            counter, word = divmod(place, WORDS_PER_COUNTER)
+            counter += first + (1 << 192)
+            if draw(self._key, counter, WORDS_PER_COUNTER)[word] < lower:
+                kept[place // 8] |= numpy.uint8(1 << place % 8)
+        return kept
 
 
 def key(seed: int, task: int, tensor: str) -> int:
@@ -140,6 +144,17 @@ def key(seed: int, task: int, tensor: str) -> int:
     text = f"{seed} {task} {tensor}".encode(errors="surrogatepass")
     digest = hashlib.blake2b(text, digest_size=16, person=b"mergekit-pcb").digest()
     return int.from_bytes(digest, "little")
+
+
+def against(philox_key: int, counter: int, count: int, fence: int) -> tuple[Any, Any]:
+    """Which words are less than a fence, and which equal: bits, eight to a byte, lowest first."""
+    words = draw(philox_key, counter, count)
+    below, equal = words < fence, words == fence
+    return numpy.packbits(below, bitorder="little"), numpy.packbits(equal, bitorder="little")
+
+
+#: :func:`against`, or compiled code that does the same; more bits may follow.
+compare: Callable[[int, int, int, int], tuple[Any, Any]] = against
 
 
 def draw(philox_key: int, counter: int, count: int) -> Any:

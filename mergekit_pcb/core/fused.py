@@ -1,9 +1,8 @@
-"""Walks over a tensor in main memory by the compiled loops of ``kernels.py``, on all threads.
+"""Walks over a tensor in main memory by the compiled loops of ``walks.py``, on all threads.
 
-A walk is cut into blocks that stay in a core's cache, and into pieces of blocks that threads take
-one after the other. What they count is whole numbers, and what they keep are values of which one
-is selected by rank, so nothing depends on who does which piece. Threads are as many as torch uses
-(``torch.set_num_threads``, ``OMP_NUM_THREADS``).
+A walk is cut into pieces that threads take one after the other. What they count is whole numbers,
+and what they keep are values of which one is selected by rank, so nothing depends on who does which
+piece. Threads are as many as torch uses (``torch.set_num_threads``, ``OMP_NUM_THREADS``).
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any
 import numpy
 import torch
 
-from mergekit_pcb.core.dare import pool
-from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor, tanh_
+from mergekit_pcb.core import dare
+from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.threads import Lines, Open, Room
 from mergekit_pcb.core.vectors import STRIP, Aligned
@@ -28,11 +27,11 @@ from mergekit_pcb.core.vectors import STRIP, Aligned
 LOG = logging.getLogger(__name__)
 #: The environment variable that turns compiled loops off (``0``), or on for tensors of any size.
 SWITCH = "MERGEKIT_PCB_COMPILED"
-# torch spreads an operation over threads of its own from more elements than this on.
-BLOCK_ELEMENTS = 1 << 15
-# Rows of so many tasks fit into a core's second cache, together with what is made of them.
+# Rows of so many elements and tasks fit into a core's second cache, with what is made of them.
+BLOCK_ELEMENTS = 1 << 13
 BLOCK_TASKS = 8
-BLOCKS_PER_PIECE = 16
+# Enough for a thread that calling the loops costs nothing beside them.
+BLOCKS_PER_PIECE = 64
 # Elements of a tensor below which torch's own operations are as good.
 SMALLEST = 1 << 12
 # Elements from which on loading the loops, most of a second, pays (compiling them takes some more,
@@ -58,8 +57,8 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | None:
         )
     ):
         return None
-    kernels = compiled(kind)
-    return None if kernels is None else Fused(aligned, kernels)
+    walks = compiled(kind)
+    return None if walks is None else Fused(aligned, walks)
 
 
 @functools.cache
@@ -70,9 +69,10 @@ def compiled(kind: torch.dtype) -> Any:
     written to, is found here and not in the middle of a merge.
     """
     try:
-        from mergekit_pcb.core import kernels
+        from mergekit_pcb.core import philox, walks
 
-        _rehearse(kernels, kind)
+        _rehearse(walks, kind)
+        _rehearse_masks(philox)
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         LOG.warning(
@@ -84,13 +84,14 @@ def compiled(kind: torch.dtype) -> Any:
         )
         return None
     _ready.add(kind)
-    return kernels
+    dare.compare = philox.against
+    return walks
 
 
-def _rehearse(kernels: Any, kind: torch.dtype) -> None:
+def _rehearse(walks: Any, kind: torch.dtype) -> None:
     base = torch.linspace(-1, 1, 4 * STRIP).to(kind)
     tasks = [base * 1.5, base * 0.75]
-    fused = Fused(Aligned.of("", base, tasks), kernels)
+    fused = Fused(Aligned.of("", base, tasks), walks)
     middle, both = OrderStatistic(len(base) // 2, len(base)), [Balance(0.0, 1.0, 0.0, 1.0)] * 2
     magnitudes = (tasks[0].float() - base.float()).abs()
     right = fused.magnitudes({0: [middle]}) == float(magnitudes.max())
@@ -101,29 +102,41 @@ def _rehearse(kernels: Any, kind: torch.dtype) -> None:
         raise RuntimeError("compiled code gives wrong numbers")
 
 
+def _rehearse_masks(philox: Any) -> None:
+    asked = 1 << 100, 3, 4 * STRIP, 1 << 15
+    for ours, theirs in zip(philox.against(*asked), dare.against(*asked), strict=True):
+        if not numpy.array_equal(ours, theirs):
+            raise RuntimeError("compiled code draws wrong masks")
+
+
 class Fused:
     """An aligned tensor whose elements are walked over by compiled loops."""
 
-    def __init__(self, aligned: Aligned, kernels: Any) -> None:
-        self._aligned, self._kernels, self._count = aligned, kernels, len(aligned.tasks)
+    def __init__(self, aligned: Aligned, walks: Any) -> None:
+        self._aligned, self._loops, self._count = aligned, walks, len(aligned.tasks)
         self._base = _bits(aligned.base)
         self._addresses = numpy.array([task.data_ptr() for task in aligned.tasks], "i8")
-        self._block = max(1, BLOCK_ELEMENTS * BLOCK_TASKS // max(BLOCK_TASKS, self._count))
+        factors = [0 if mask is None else 1 / mask.density for mask in aligned.masks]
+        self._factors = numpy.array(factors, "f4")
+        elements = BLOCK_ELEMENTS * BLOCK_TASKS // max(BLOCK_TASKS, self._count)
+        self._block = max(1, elements // STRIP) * STRIP
 
     def magnitudes(self, open_: Open) -> float:
         """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
         lines, largest = Lines(open_), [0]
 
-        def work(room: Room, blocks: Iterator[tuple[int, int]]) -> None:
+        def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = lines.tally(room)
-            most = 0
-            for start, count in blocks:
-                self._task_vectors(room, start, count)
-                own = room.tau, room.values, room.bits, room.extreme_bits
-                most = max(most, int(self._kernels.magnitudes(*own, count)))
-                tally.take(count, self._kernels.take_extremes, room.values, room.extremes)
+            own = room.tau, room.values, room.bits, room.extremes, room.extreme_bits
+            for first, end in pieces:
+                inputs, start = self._inputs(room, first, end), first
+                while start < end:
+                    given = *inputs, start, end, *own, *tally.lines
+                    stop, found = self._loops.walk_magnitudes(*given)
+                    largest.append(found)
+                    tally.saw(stop - start)
+                    start = stop
             tally.give()
-            largest.append(most)
 
         self._walk(work)
         return _number(max(largest))
@@ -133,14 +146,19 @@ class Fused:
         lines, table = Lines(open_), self._intervals(intervals, len(intervals))
         peaks: list[Any] = []
 
-        def work(room: Room, blocks: Iterator[tuple[int, int]]) -> None:
+        def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = lines.tally(room)
             most = numpy.full(self._count, -math.inf, "f4")
-            for start, count in blocks:
-                self._task_vectors(room, start, count)
-                self._scores(room, table, count)
-                self._kernels.peaks(room.values, room.bits, most, count)
-                tally.take(count, self._kernels.take, room.values)
+            own = room.tau, room.total, table, room.values, room.bits, *room.products, most
+            for first, end in pieces:
+                inputs, start, waits = self._inputs(room, first, end), first, False
+                while start < end:
+                    given = *inputs, start, end, waits, *own, *tally.lines
+                    stop, waits = self._loops.walk_scores(*given)
+                    tally.saw(stop - start)
+                    start = stop
+                    if waits:
+                        room.tangents(end - start)
             tally.give()
             peaks.append(most)
 
@@ -151,39 +169,32 @@ class Fused:
     def merge(
         self, balances: Sequence[Balance], tasks: int, factors: Sequence[float], out: torch.Tensor
     ) -> bool:
-        """Write ``b − Σ_i factor_i w_i τ̂_i / max(Σ_i w_i, 1e-12)``; whether ``out`` can hold it."""
+        """Write ``b − Σ_i factor_i w_i τ̂_i / max(Σ_i w_i, 1e-12)``; whether ``out`` can hold it.
+
+        ``out`` has the inputs' dtype.
+        """
         table = self._intervals(balances, tasks)
         rows = [
             (b.low, b.high, b.threshold, b.peak - b.threshold, factor, not b.silent)
             for b, factor in zip(balances, factors, strict=True)
         ]
         weights, smallest = numpy.array(rows, "f4"), numpy.float32(SMALLEST_DIVISOR)
-        limit = torch.finfo(out.dtype).max
-        direct = _bits(out) if out.dtype == torch.float32 else None
-        halves = _bits(out) if out.dtype == torch.bfloat16 else None
-        beyond: list[bool] = []
+        written, largest = _bits(out), [0]
 
-        def work(room: Room, blocks: Iterator[tuple[int, int]]) -> None:
-            most = 0
-            for start, count in blocks:
-                self._task_vectors(room, start, count)
-                self._scores(room, table, count)
-                given = self._base, start, room.tau, room.values, weights, smallest
-                if direct is None:
-                    own = room.merged, room.total, room.merged_bits
-                else:
-                    written = direct[start : start + count]
-                    own = written, room.total, written.view("i4")
-                most = max(most, int(self._kernels.combine(*given, *own, count)))
-                if halves is not None:
-                    written = halves[start : start + count]
-                    self._kernels.to_bfloat16(room.merged_raw, written, count)
-                elif direct is None:
-                    out[start : start + count].copy_(room.merged_row[:count])
-            beyond.append(not _number(most) <= limit)
+        def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
+            most = numpy.zeros(1, "i4")
+            own = room.tau, room.total, table, room.values, *room.products, weights, smallest
+            for first, end in pieces:
+                inputs, start, waits = self._inputs(room, first, end), first, False
+                while start < end:
+                    given = *inputs, start, end, waits, *own, *room.merged, most, written
+                    start, waits = self._loops.walk_merge(*given)
+                    if waits:
+                        room.tangents(end - start)
+            largest.append(int(most[0]))
 
         self._walk(work)
-        return not any(beyond)
+        return _number(max(largest)) <= torch.finfo(out.dtype).max
 
     def _intervals(self, balances: Sequence[Balance], tasks: int) -> Any:
         rows = [
@@ -191,43 +202,32 @@ class Fused:
         ]
         return numpy.array(rows, "f4")
 
-    def _task_vectors(self, room: Room, start: int, count: int) -> None:
-        """Those of a block, thinned."""
-        kernels, tau = self._kernels, room.tau
-        kernels.task_vectors(self._base, self._addresses, start, tau, count)
+    def _inputs(self, room: Room, first: int, end: int) -> tuple[Any, ...]:
+        """What the loops read of a piece; masks are given as bits."""
         for task, mask in enumerate(self._aligned.masks):
             if mask is not None:
-                packed, skipped = mask.packed(start, count)
-                kernels.thin(tau[task], packed, skipped, numpy.float32(1 / mask.density), count)
-
-    def _scores(self, room: Room, table: Any, count: int) -> None:
-        """The scores of a block, in ``room.values``."""
-        kernels, own = self._kernels, (room.products, room.product_bits)
-        kernels.add(room.tau, room.total, count)
-        if not kernels.scores(room.tau, room.total, table, room.values, *own, count):
-            for row in room.product_rows:
-                tanh_(row[:count], scratch=room.spare[:count])
-            kernels.multiply(room.values, room.products, count)
+                packed, _ = mask.packed(first, end - first)  # pieces begin at whole bytes
+                room.masks[task, : len(packed)] = packed
+        return self._base, self._addresses, room.masks, self._factors, first
 
     def _walk(self, work: Callable[[Room, Iterator[tuple[int, int]]], None]) -> None:
-        """Let threads do the work, each on the blocks that it gets hold of."""
-        total, size = len(self._aligned), self._block
-        pieces = iter(range(0, total, size * BLOCKS_PER_PIECE))  # next() is one step for threads
+        """Let threads do the work, each on the pieces that it gets hold of."""
+        total, size = len(self._aligned), self._block * BLOCKS_PER_PIECE
+        starts = iter(range(0, total, size))  # next() is one step for threads
         stopped = threading.Event()
 
-        def blocks() -> Iterator[tuple[int, int]]:
-            for begin in pieces:
-                for start in range(begin, min(begin + size * BLOCKS_PER_PIECE, total), size):
-                    if stopped.is_set():
-                        return
-                    yield start, min(size, total - start)
+        def pieces() -> Iterator[tuple[int, int]]:
+            for start in starts:
+                if stopped.is_set():
+                    return
+                yield start, min(start + size, total)
 
         def run() -> None:
-            work(Room.of_thread(self._count, size), blocks())
+            work(Room.of_thread(self._count, self._block, size), pieces())
 
         threads = torch.get_num_threads()
-        helpers = min(threads, -(-total // (size * BLOCKS_PER_PIECE))) - 1
-        others = [pool("walks", threads).submit(run) for _ in range(helpers)]
+        helpers = min(threads, -(-total // size)) - 1
+        others = [dare.pool("walks", threads).submit(run) for _ in range(helpers)]
         try:
             run()
             for other in others:

@@ -3,8 +3,8 @@
 They follow ``formulas.py`` operation by operation in float32, each rounded by itself, so that a
 merge has the same bits with them and without. Arrays are parts of scratch, a row per task, of
 which the first ``count`` columns are meant; ``bits`` are an array beside them, seen as integers,
-whose order is that of numbers from 0 on, and which compilers compare by vectors. Importing this
-module takes numba; nothing is compiled before it is called, and what was compiled is kept on disk.
+whose order is that of numbers from 0 on, and which compilers compare by vectors. ``walks.py`` calls
+them.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
@@ -15,79 +15,56 @@ from __future__ import annotations
 from typing import Any
 
 import numpy
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import carray
 
 from mergekit_pcb.core.formulas import LEAST_EXPONENT, POWER_OF_TWO, ROUNDING, SMALL
+from mergekit_pcb.core.intrinsics import above, below, first_of, loop, narrow, ones, pointer, wide
 from mergekit_pcb.core.vectors import STRIP
 
-_COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 # Numbers of no precision of their own would be of float64.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(numpy.float32, POWER_OF_TWO)
 _ROUNDING, _LEAST = numpy.float32(ROUNDING), numpy.float32(LEAST_EXPONENT)
 _SMALL, _MINUS_THIRD = numpy.float32(SMALL), numpy.float32(-1 / 3)
 _ZERO, _ONE = numpy.float32(0), numpy.float32(1)
 _MAGNITUDE = numpy.int32(0x7FFFFFFF)
+_ALL = numpy.uint64(2**64 - 1)
 
 
-def _wide(value):  # noqa: ANN001, ANN202
-    """A number of a checkpoint in float32; compiled code alone calls it."""
-    raise NotImplementedError
-
-
-@overload(_wide, jit_options={"nogil": True, "error_model": "numpy"})
-def _overloaded(value):  # noqa: ANN001, ANN202
-    if value == types.uint16:  # the bits of a bfloat16
-        shift = numpy.uint32(16)
-        return lambda value: numpy.uint32(numpy.uint32(value) << shift).view(numpy.float32)
-    if value == types.int16:  # the bits of a float16
-        return lambda value: _half(value)
-    return lambda value: value
-
-
-@njit(**_COMPILED)
-def _half(bits: Any) -> Any:
-    """A float16: its exponent is moved by a product, which subnormal numbers need, too."""
-    sign = numpy.uint32((numpy.uint32(bits) & numpy.uint32(0x8000)) << numpy.uint32(16))
-    rest = numpy.uint32(numpy.uint32(bits) & numpy.uint32(0x7FFF))
-    wide = numpy.uint32(rest << numpy.uint32(13))
-    number = numpy.uint32(wide).view(numpy.float32) * numpy.float32(2.0**112)
-    special = numpy.uint32(wide | numpy.uint32(0x7F800000))  # infinity and NaN
-    whole = special if rest >= numpy.uint32(0x7C00) else numpy.float32(number).view(numpy.uint32)
-    return numpy.uint32(whole | sign).view(numpy.float32)
-
-
-@njit(**_COMPILED)
+@loop
 def _number(bits: Any) -> Any:
     """The float32 of these bits."""
     return numpy.int32(bits).view(numpy.float32)
 
 
-@intrinsic
-def _pointer(_context, address):  # noqa: ANN001, ANN202
-    def generate(_context, builder, _signature, arguments):  # noqa: ANN001, ANN202
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-@njit(**_COMPILED)
-def task_vectors(base: Any, addresses: Any, start: int, tau: Any, count: int) -> None:
-    """Those of a block, from element ``start`` on.
+@loop
+def task_vectors(
+    base: Any,
+    addresses: Any,
+    masks: Any,
+    factors: Any,
+    first: int,
+    start: int,
+    tau: Any,
+    count: int,
+) -> None:
+    """Those of a block, from element ``start`` on, thinned.
 
     ``base`` is a whole tensor as the checkpoint holds it, bfloat16 seen as ``uint16`` and float16
-    as ``int16``; ``addresses`` are those of the tasks' tensors of the same length and dtype.
+    as ``int16``; ``addresses`` are those of the tasks' tensors of the same length and dtype. A row
+    of ``masks`` holds the bits of a task from element ``first`` on, lowest first; ``factors`` are
+    one over the density, or 0 where nothing is dropped.
     """
     own = base[start : start + count]
     for task in range(len(addresses)):
-        whole = carray(_pointer(addresses[task]), base.shape, base.dtype)
+        whole = carray(pointer(addresses[task]), base.shape, base.dtype)
         values = whole[start : start + count]
         for i in range(count):
-            tau[task, i] = _wide(values[i]) - _wide(own[i])
+            tau[task, i] = wide(values[i]) - wide(own[i])
+        if factors[task] != 0:
+            thin(tau[task], masks[task, (start - first) // 8 :], factors[task], count)
 
 
-@njit(**_COMPILED)
+@loop
 def add(tau: Any, total: Any, count: int) -> None:
     """The sum of all task vectors, in the order of the configuration."""
     for i in range(count):
@@ -97,16 +74,21 @@ def add(tau: Any, total: Any, count: int) -> None:
             total[i] += tau[task, i]
 
 
-@njit(**_COMPILED)
-def thin(tau: Any, packed: Any, skipped: int, factor: Any, count: int) -> None:
-    """DARE in place: ``packed`` holds eight bits a byte, lowest first, ours after ``skipped``."""
-    for i in range(count):
-        place = skipped + i
-        kept = _ONE if (packed[place >> 3] >> (place & 7)) & 1 else _ZERO
-        tau[i] = tau[i] * factor * kept + _ZERO
+@loop
+def thin(tau: Any, packed: Any, factor: Any, count: int) -> None:
+    """DARE in place: ``packed`` holds eight bits a byte, lowest first, and whole words of 32."""
+    for start in range(0, count, 32):  # bits, which compilers spread over the lanes of vectors
+        bits = numpy.uint32(0)
+        for byte in range(4):
+            shift = numpy.uint32(8 * byte)
+            bits = numpy.uint32(bits | (numpy.uint32(packed[start // 8 + byte]) << shift))
+        part = tau[start : min(start + 32, count)]
+        for i in range(len(part)):
+            kept = numpy.float32(numpy.int32((bits >> numpy.uint32(i)) & numpy.uint32(1)))
+            part[i] = part[i] * factor * kept + _ZERO
 
 
-@njit(**_COMPILED)
+@loop
 def magnitudes(tau: Any, out: Any, bits: Any, extremes: Any, count: int) -> Any:
     """``|τ|`` of all tasks, and the bits of the largest.
 
@@ -128,7 +110,7 @@ def magnitudes(tau: Any, out: Any, bits: Any, extremes: Any, count: int) -> Any:
     return largest
 
 
-@njit(**_COMPILED)
+@loop
 def take_extremes(
     values: Any, extremes: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any,
     fills: Any, count: int,
@@ -142,15 +124,15 @@ def take_extremes(
         low, high = fences[k, 0], fences[k, 1]
         for strip in range((count + STRIP - 1) // STRIP):
             start = strip * STRIP
-            part = values[row, start : min(start + STRIP, count)]
+            length = min(STRIP, count - start)
             if extremes[row, strip, 1] < low:
-                counts[k, 0] += len(part)
-                counts[k, 1] += len(part)
+                counts[k, 0] += length
+                counts[k, 1] += length
             elif not extremes[row, strip, 0] >= high:
-                _take_strip(part, k, low, high, tied, counts, pools, fills)
+                _take_strip(values[row], start, length, k, fences, tied, counts, pools, fills)
 
 
-@njit(**_COMPILED)
+@loop
 def take(
     values: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any, fills: Any, count: int
 ) -> None:
@@ -158,37 +140,37 @@ def take(
 
     Line ``k`` looks at row ``rows[k]`` between ``fences[k]``: ``counts[k]`` grows by how many are
     at most and, where ``tied`` says so, how many are less than the lower one; ``pools[k]`` from
-    ``fills[k]`` on takes those strictly between, and has room for them.
+    ``fills[k]`` on takes those strictly between, and has room for them. A row has room for whole
+    strips, whatever the last one holds beyond ``count``.
     """
     for k in range(len(rows)):
-        low, high = fences[k, 0], fences[k, 1]
+        row = values[rows[k]]
         for start in range(0, count, STRIP):
-            part = values[rows[k], start : min(start + STRIP, count)]
-            _take_strip(part, k, low, high, tied, counts, pools, fills)
+            length = min(STRIP, count - start)
+            _take_strip(row, start, length, k, fences, tied, counts, pools, fills)
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@loop
 def _take_strip(
-    part: Any, k: int, low: Any, high: Any, tied: Any, counts: Any, pools: Any, fills: Any
-) -> None:
-    under = over = numpy.int32(0)  # as many lanes as of float32
-    for i in range(len(part)):
-        under = numpy.int32(under + (part[i] <= low))
-        over = numpy.int32(over + (part[i] >= high))
-    counts[k, 0] += under
+    row: Any, start: int, length: int, k: int, fences: Any, tied: Any, counts: Any, pools: Any,
+    fills: Any,
+) -> None:  # fmt: skip
+    low, high = fences[k, 0], fences[k, 1]
+    valid = numpy.uint64(_ALL >> numpy.uint64(STRIP - length))
+    beyond = numpy.uint64(above(row, start, low) & valid)
+    counts[k, 0] += length - numpy.int64(ones(beyond))
     if tied[k]:
-        for i in range(len(part)):
-            counts[k, 1] += part[i] < low
-    if under + over < len(part):
-        pool, fill = pools[k], fills[k]
-        for i in range(len(part)):
-            value = part[i]
-            pool[fill] = value
-            fill += (value > low) & (value < high)
-        fills[k] = fill
+        counts[k, 1] += numpy.int64(ones(numpy.uint64(below(row, start, low) & valid)))
+    inside = numpy.uint64(beyond & below(row, start, high))
+    pool, fill = pools[k], fills[k]
+    while inside:
+        pool[fill] = row[start + numpy.int64(first_of(inside))]
+        fill += 1
+        inside = numpy.uint64(inside & numpy.uint64(inside - numpy.uint64(1)))
+    fills[k] = fill
 
 
-@njit(**_COMPILED)
+@loop
 def scores(
     tau: Any, total: Any, table: Any, out: Any, products: Any, product_bits: Any, count: int
 ) -> bool:
@@ -222,7 +204,7 @@ def scores(
     return True
 
 
-@njit(**_COMPILED)
+@loop
 def multiply(values: Any, by: Any, count: int) -> None:
     """Intra-balancing times inter-balancing, in place of the former."""
     for task in range(len(values)):
@@ -230,7 +212,7 @@ def multiply(values: Any, by: Any, count: int) -> None:
             values[task, i] *= by[task, i]
 
 
-@njit(**_COMPILED)
+@loop
 def peaks(values: Any, bits: Any, out: Any, count: int) -> None:
     """Raise ``out``, a number per task, to the task's largest value."""
     for task in range(len(values)):
@@ -244,7 +226,7 @@ def peaks(values: Any, bits: Any, out: Any, count: int) -> None:
                 out[task] = max(out[task], values[task, i])
 
 
-@njit(**_COMPILED)
+@loop
 def combine(
     base: Any, start: int, tau: Any, scores: Any, table: Any, smallest: Any, numerator: Any,
     divisor: Any, bits: Any, count: int,
@@ -273,18 +255,15 @@ def combine(
             numerator[i] += share * clamped * signed
     own = base[start : start + count]
     for i in range(count):
-        numerator[i] = _wide(own[i]) - numerator[i] / max(divisor[i], smallest)
+        numerator[i] = wide(own[i]) - numerator[i] / max(divisor[i], smallest)
     largest = numpy.int32(0)
     for i in range(count):
         largest = max(largest, numpy.int32(bits[i] & _MAGNITUDE))
     return largest
 
 
-@njit(**_COMPILED)
-def to_bfloat16(bits: Any, out: Any, count: int) -> None:
-    """Finite float32, seen as ``uint32``, to the nearest bfloat16, of two the even one."""
+@loop
+def store(values: Any, bits: Any, out: Any, count: int) -> None:
+    """Float32 to what a checkpoint holds: the nearest, of two the even one."""
     for i in range(count):
-        value = numpy.uint32(bits[i])
-        odd = numpy.uint32(numpy.uint32(value >> numpy.uint32(16)) & numpy.uint32(1))
-        rounded = numpy.uint32(value + numpy.uint32(0x7FFF) + odd)
-        out[i] = numpy.uint16(rounded >> numpy.uint32(16))
+        out[i] = narrow(values[i], bits[i], out.dtype)

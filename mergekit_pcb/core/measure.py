@@ -163,7 +163,10 @@ def _intervals(
     sampled: list[torch.Tensor | None] = [torch.abs(tau) for tau in sample.task_vectors()]
     sampled = sampled or [None] * len(tasks)
     ends = {
-        task: [OrderStatistic(rank, count, **sample.guess(sampled[task], rank)) for rank in ranks]
+        task: [
+            OrderStatistic(rank, count, **guess)
+            for rank, guess in zip(ranks, sample.guess(sampled[task], ranks), strict=True)
+        ]
         for task in tasks
     }
     return [Balance(*values) for values in _settle(ends, magnitudes).values()]
@@ -211,7 +214,7 @@ def _balances(
 
     sampled = _sampled_scores(sample, intervals, scratch.dtype)
     thresholds = {
-        task: [OrderStatistic(rank, count, **sample.guess(sampled[task], rank))]
+        task: [OrderStatistic(rank, count, **sample.guess(sampled[task], [rank])[0])]
         for task, rank in enumerate(ranks)
         if not intervals[task].constant and rank < count
     }

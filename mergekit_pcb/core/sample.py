@@ -6,11 +6,12 @@ They decide about work, never about an answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
 
-from mergekit_pcb.core.ranks import POOL_ELEMENTS, kth, neighbour
+from mergekit_pcb.core.ranks import POOL_ELEMENTS, at_ranks, neighbour
 from mergekit_pcb.core.vectors import Aligned
 
 # Elements of each task in the sample that guesses where thresholds lie: the two-thirds power
@@ -58,23 +59,30 @@ class Sample:
         """Those of all tasks, as far as they were taken."""
         return [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
 
-    def guess(self, values: torch.Tensor | None, rank: int) -> Guess:
-        """Values strictly between which the one at ``rank`` should lie, unless it is tied.
+    def guess(self, values: torch.Tensor | None, ranks: Sequence[int]) -> list[Guess]:
+        """For every rank, values strictly between which its own should lie, unless it is tied.
 
         ``values`` are those of the sample.
         """
         if values is None:
-            return {}
-        share, size = rank / self._count, values.numel()
-        margin = SAMPLE_DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
-        first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
-        guess: Guess = {}
-        if first >= 0:
-            low = kth(values, first)
-            # Zeros of DARE, and of tensors that training left alone.
-            guess["tied"] = int((values == low).sum()) > margin
-            # Else a step outwards, because a few elements may share the value of a fence.
-            guess["low"] = low if guess["tied"] else neighbour(low, -math.inf, values.dtype)
-        if last < size:
-            guess["high"] = neighbour(kth(values, last), math.inf, values.dtype)
-        return guess
+            return [{} for _ in ranks]
+        size, places = values.numel(), list[tuple[int, int]]()
+        for rank in ranks:
+            share = rank / self._count
+            margin = SAMPLE_DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
+            places.append((math.floor(share * size - margin), math.ceil(share * size + margin)))
+        wanted = sorted({place for both in places for place in both if 0 <= place < size})
+        at = dict(zip(wanted, at_ranks(values, wanted), strict=True))
+        guesses: list[Guess] = []
+        for first, last in places:
+            guess: Guess = {}
+            if first >= 0:
+                low = at[first]
+                # Zeros of DARE, and of tensors that training left alone.
+                guess["tied"] = 2 * int((values == low).sum()) > last - first
+                # Else a step outwards, because a few elements may share the value of a fence.
+                guess["low"] = low if guess["tied"] else neighbour(low, -math.inf, values.dtype)
+            if last < size:
+                guess["high"] = neighbour(at[last], math.inf, values.dtype)
+            guesses.append(guess)
+        return guesses

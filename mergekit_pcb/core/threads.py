@@ -14,40 +14,51 @@ from typing import Any
 import numpy
 import torch
 
+from mergekit_pcb.core.formulas import tanh_
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.vectors import STRIP
 
+# Values that a line keeps before they are given to its statistic.
+KEPT_ELEMENTS = 1 << 14
 #: Open order statistics of each task's values.
 Open = Mapping[int, Sequence[OrderStatistic]]
 
 
 class Room:
-    """The memory of a thread: rows of a block for each task, as numpy and torch see them."""
+    """The memory of a thread: rows of a block for each task, as numpy and torch see them.
 
-    def __init__(self, tasks: int, size: int) -> None:
-        self.size = size
-        self.tau, self.values, self.products = numpy.empty((3, tasks, size), "f4")
-        self.total, self.merged = numpy.empty((2, size), "f4")
-        self.extremes = numpy.empty((tasks, -(-size // STRIP), 2), "f4")
-        self.spare = torch.empty(size)
-        self.bits, self.product_bits = self.values.view("i4"), self.products.view("i4")
-        self.merged_bits, self.extreme_bits = self.merged.view("i4"), self.extremes.view("i4")
-        self.product_rows = list(torch.from_numpy(self.products))
-        self.merged_row, self.merged_raw = torch.from_numpy(self.merged), self.merged.view("u4")
-        self._pools = numpy.empty((0, 2 * size), "f4")
+    A block has ``size`` elements, and a piece ``piece``.
+    """
+
+    def __init__(self, tasks: int, size: int, piece: int) -> None:
+        self.size, self.piece = size, piece
+        self.tau, self.values, products = numpy.empty((3, tasks, size), "f4")
+        self.total, merged = numpy.empty((2, size), "f4")
+        self.extremes = numpy.empty((tasks, size // STRIP, 2), "f4")
+        self.masks = numpy.zeros((tasks, piece // 8), "u1")
+        self.bits, self.extreme_bits = self.values.view("i4"), self.extremes.view("i4")
+        self.products = products, products.view("i4")
+        self.merged = merged, merged.view("i4")
+        self._product_rows, self._spare = list(torch.from_numpy(products)), torch.empty(size)
+        self._pools = numpy.empty((0, 0), "f4")
 
     def pools(self, lines: int) -> Any:
-        """Memory for what each of so many lines keeps of two blocks."""
+        """Memory for what each of so many lines keeps, two blocks at least."""
         if len(self._pools) < lines:
-            self._pools = numpy.empty((lines, 2 * self.size), "f4")
+            self._pools = numpy.empty((lines, max(2 * self.size, KEPT_ELEMENTS)), "f4")
         return self._pools[:lines]
 
+    def tangents(self, count: int) -> None:
+        """Make products, of a block or what is left of one, their hyperbolic tangents."""
+        for row in self._product_rows:
+            tanh_(row[:count], scratch=self._spare[:count])
+
     @classmethod
-    def of_thread(cls, tasks: int, size: int) -> Room:
+    def of_thread(cls, tasks: int, size: int, piece: int) -> Room:
         """The room that this thread uses for one tensor after the other."""
         room: Room | None = getattr(_thread, "room", None)
-        if room is None or (len(room.tau), room.size) != (tasks, size):
-            room = _thread.room = cls(tasks, size)
+        if room is None or (*room.tau.shape, room.piece) != (tasks, size, piece):
+            room = _thread.room = cls(tasks, size, piece)
         return room
 
 
@@ -82,14 +93,18 @@ class Tally:
             for low, high in self._fences
         ]
         self._table = numpy.array(table, "f4").reshape(-1, 2)
-        self._tied = numpy.array([statistic.tied for statistic in self._lines.statistics])
+        self._tied = numpy.array([statistic.tied for statistic in self._lines.statistics], bool)
 
-    def take(self, count: int, kernel: Any, *values: Any) -> None:
-        """See a block of values, a row per task."""
+    @property
+    def lines(self) -> tuple[Any, ...]:
+        """What compiled loops take of it and fill."""
         asked = self._lines.rows, self._table, self._tied
-        kernel(*values, *asked, self._counts, self._pools, self._fills, count)
+        return *asked, self._counts, self._pools, self._fills
+
+    def saw(self, count: int) -> None:
+        """So many elements more were shown to every line."""
         self._seen += count
-        if self._fills.max(initial=0) > self._size:  # no room for another block
+        if self._fills.max(initial=0) + self._size > self._pools.shape[1]:
             self.give()
 
     def give(self) -> None:

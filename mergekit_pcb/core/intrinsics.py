@@ -1,0 +1,184 @@
+"""What compiled code needs and numba has no words for: bits of vectors, pointers, short floats.
+
+Also how functions are compiled. Importing this module takes numba.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
+# mypy: disable-error-code="attr-defined, unreachable, unused-ignore"
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from mergekit_pcb.core.vectors import STRIP
+
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
+_SOURCES = "formulas", "intrinsics", "kernels", "philox", "vectors", "walks"
+
+
+def _digest() -> str:
+    directory, found = pathlib.Path(__file__).parent, hashlib.blake2b(digest_size=8)
+    for name in _SOURCES:
+        found.update(directory.joinpath(name).with_suffix(".py").read_bytes())
+    return found.hexdigest()
+
+
+_DIGEST = _digest()
+
+
+def loop(function: Callable[..., Any]) -> Any:
+    """Compile a function that compiled ones call."""
+    return njit(**_OPTIONS)(function)
+
+
+def kept_on_disk(function: Callable[..., Any]) -> Any:
+    """Compile a function that is called from outside, once on a machine.
+
+    numba looks for it by name, and whether it is out of date by its own file alone; the name is
+    made to say what all files hold that it is made from.
+    """
+    function.__qualname__ += f"_{_DIGEST}"
+    return njit(cache=True, **_OPTIONS)(function)
+
+
+@intrinsic
+def pointer(_context, address):
+    """An address as a pointer."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+def _lanes(comparison: str, kind: Any, bits: Any) -> Any:
+    """A comparison of the 64 values from a place on with a number, a bit each, lowest first.
+
+    Compilers make a few instructions on vectors of it, as they do of no loop. ``kind`` is that of
+    the values to numba, and ``bits`` to LLVM.
+    """
+
+    @intrinsic
+    def compare(_context, values, start, number):
+        def generate(context, builder, signature, arguments):
+            array = context.make_array(signature.args[0])(context, builder, arguments[0])
+            vector = ir.VectorType(bits, STRIP)
+            place = builder.gep(array.data, [arguments[1]])
+            taken = builder.load(
+                builder.bitcast(place, vector.as_pointer()), align=kind.bitwidth // 8
+            )
+            first = ir.Constant(ir.IntType(32), 0)
+            lone = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], first)
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), STRIP), [0] * STRIP)
+            fence = builder.shuffle_vector(lone, ir.Constant(vector, ir.Undefined), lanes)
+            compares = builder.fcmp_ordered if kind == types.float32 else builder.icmp_unsigned
+            return builder.bitcast(compares(comparison, taken, fence), ir.IntType(STRIP))
+
+        return types.uint64(values, types.intp, kind), generate
+
+    return compare
+
+
+above, below = (_lanes(sign, types.float32, ir.FloatType()) for sign in "><")
+words_below, words_equal = (_lanes(sign, types.uint16, ir.IntType(16)) for sign in ("<", "=="))
+
+
+@intrinsic
+def ones(_context, bits):
+    """How many bits are set."""
+    return types.uint64(bits), lambda _context, builder, _signature, given: builder.ctpop(given[0])
+
+
+@intrinsic
+def first_of(_context, bits):
+    """The place of the lowest bit that is set; one is."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(bits), generate
+
+
+@intrinsic
+def upper_half(_context, a, b):
+    """The upper 64 bits of a product of 128."""
+
+    def generate(_context, builder, _signature, arguments):
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(argument, wide) for argument in arguments))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+def wide(value):
+    """A number of a checkpoint in float32; compiled code alone calls it."""
+    raise NotImplementedError
+
+
+@overload(wide, jit_options=_OPTIONS)
+def _overloaded(value):
+    if value == types.uint16:  # the bits of a bfloat16
+        shift = numpy.uint32(16)
+        return lambda value: numpy.uint32(numpy.uint32(value) << shift).view(numpy.float32)
+    if value == types.int16:  # the bits of a float16
+        return lambda value: _half(value)
+    return lambda value: value
+
+
+@loop
+def _half(bits: Any) -> Any:
+    """A float16: its exponent is moved by a product, which subnormal numbers need, too."""
+    sign = numpy.uint32((numpy.uint32(bits) & numpy.uint32(0x8000)) << numpy.uint32(16))
+    rest = numpy.uint32(numpy.uint32(bits) & numpy.uint32(0x7FFF))
+    wide = numpy.uint32(rest << numpy.uint32(13))
+    number = numpy.uint32(wide).view(numpy.float32) * numpy.float32(2.0**112)
+    special = numpy.uint32(wide | numpy.uint32(0x7F800000))  # infinity and NaN
+    whole = special if rest >= numpy.uint32(0x7C00) else numpy.float32(number).view(numpy.uint32)
+    return numpy.uint32(whole | sign).view(numpy.float32)
+
+
+def narrow(value, bits, kind):
+    """A finite float32, with its bits, as a checkpoint's; compiled code alone calls it."""
+    raise NotImplementedError
+
+
+@overload(narrow, jit_options=_OPTIONS)
+def _overloaded_narrow(value, bits, kind):
+    if kind.dtype == types.uint16:
+        return lambda value, bits, kind: _to_bfloat16(bits)
+    if kind.dtype == types.int16:
+        return lambda value, bits, kind: _to_half(bits)
+    return lambda value, bits, kind: value
+
+
+@loop
+def _to_bfloat16(bits: Any) -> Any:
+    value = numpy.uint32(bits)
+    odd = numpy.uint32(numpy.uint32(value >> numpy.uint32(16)) & numpy.uint32(1))
+    rounded = numpy.uint32(value + numpy.uint32(0x7FFF) + odd)
+    return numpy.uint16(rounded >> numpy.uint32(16))
+
+
+@loop
+def _to_half(bits: Any) -> Any:
+    """A float16; where it is subnormal, a sum rounds it."""
+    value = numpy.uint32(bits)
+    size = numpy.uint32(value & numpy.uint32(0x7FFFFFFF))
+    odd = numpy.uint32(numpy.uint32(size >> numpy.uint32(13)) & numpy.uint32(1))
+    normal = numpy.uint32(numpy.uint32(size - numpy.uint32(0x37FFF001)) + odd) >> numpy.uint32(13)
+    half = numpy.float32(0.5)
+    moved = numpy.float32(size.view(numpy.float32) + half).view(numpy.uint32)
+    subnormal = numpy.uint32(moved - half.view(numpy.uint32))
+    chosen = subnormal if size < numpy.uint32(0x38800000) else numpy.uint32(normal)
+    sign = numpy.uint32(numpy.uint32(value >> numpy.uint32(16)) & numpy.uint32(0x8000))
+    return numpy.int16(numpy.uint16(chosen | sign))

@@ -1,0 +1,56 @@
+"""The numbers of Philox4x64-10 against a threshold, compiled: the bits are those of ``dare.py``.
+
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011; constants and order
+are those of its library Random123, which numpy's generator follows.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
+# mypy: disable-error-code="attr-defined, unreachable, unused-ignore, var-annotated"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+from mergekit_pcb.core.intrinsics import kept_on_disk, upper_half, words_below, words_equal
+from mergekit_pcb.core.vectors import STRIP
+
+ROUNDS = 10
+_MULTIPLIERS = numpy.uint64(0xD2E7470EE14C6C93), numpy.uint64(0xCA5A826395121157)
+_WEYL = numpy.uint64(0x9E3779B97F4A7C15), numpy.uint64(0xBB67AE8584CAA73B)
+
+
+@kept_on_disk
+def compare(
+    k0: Any, k1: Any, counter: Any, fence: Any, numbers: Any, words: Any, less: Any, same: Any
+) -> None:
+    """Which words are less than ``fence`` and which are equal to it, 64 to a number, lowest first.
+
+    They are drawn with the key ``k0 + 2^64 k1``, four numbers of four words from each counter on.
+    ``words`` is the memory of ``numbers``, scratch of one strip.
+    """
+    for strip in range(len(less)):
+        for place in range(0, STRIP // 4, 4):
+            counter += numpy.uint64(1)  # numpy adds one before it draws
+            c0, c1, c2, c3 = counter, numpy.uint64(0), numpy.uint64(0), numpy.uint64(0)
+            a, b = k0, k1
+            for _ in range(ROUNDS):
+                high0, low0 = upper_half(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
+                high1, low1 = upper_half(_MULTIPLIERS[1], c2), _MULTIPLIERS[1] * c2
+                c0, c1, c2, c3 = high1 ^ c1 ^ a, low1, high0 ^ c3 ^ b, low0
+                a, b = a + _WEYL[0], b + _WEYL[1]
+            numbers[place], numbers[place + 1] = c0, c1
+            numbers[place + 2], numbers[place + 3] = c2, c3
+        less[strip] = words_below(words, 0, fence)
+        same[strip] = words_equal(words, 0, fence)
+
+
+def against(key: int, counter: int, count: int, fence: int) -> tuple[Any, Any]:
+    """As that of ``dare.py``, with more bits than words asked for."""
+    strips, numbers = -(-count // STRIP), numpy.empty(STRIP // 4, "u8")
+    below, equal = numpy.empty((2, strips), "<u8")
+    halves = numpy.uint64(key & 2**64 - 1), numpy.uint64(key >> 64)
+    asked = *halves, numpy.uint64(counter), numpy.uint16(fence)
+    compare(*asked, numbers, numbers.view("u2"), below, equal)
+    return below.view("u1"), equal.view("u1")
