@@ -1,4 +1,4 @@
-"""Whole merges by the stock `mergekit-yaml` command: wall time and peak resident memory.
+"""Whole merges by the stock `mergekit-yaml` command: wall time and peak memory.
 
     python -m benchmarks.end_to_end            # 440 M parameters, three tasks, about 20 minutes
     python -m benchmarks.end_to_end --layers 24 --runs 1 --methods "pcb, scope: model"
@@ -18,7 +18,7 @@ import click
 import torch
 import yaml
 
-from benchmarks.measuring import machine, row, run_command
+from benchmarks.measuring import alternate_commands, machine, row
 
 OURS = "pcb"
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,10 @@ def configuration(method: str, paths: list[pathlib.Path]) -> str:
 @click.option(
     "--methods", "names", multiple=True, type=click.Choice(list(PARAMETERS)), help="Default: all."
 )
-def main(directory: pathlib.Path, layers: int, runs: int, names: tuple[str, ...]) -> None:
+@click.option("--flag", "flags", multiple=True, help="Given to mergekit-yaml, such as --cuda.")
+def main(
+    directory: pathlib.Path, layers: int, runs: int, names: tuple[str, ...], flags: tuple[str, ...]
+) -> None:
     """Print the table of whole merges."""
     names = names or tuple(PARAMETERS)
     paths = checkpoints(directory, layers)
@@ -88,29 +91,25 @@ def main(directory: pathlib.Path, layers: int, runs: int, names: tuple[str, ...]
     script = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
     if script is None:
         raise click.ClickException("cannot find mergekit-yaml beside this Python; install mergekit")
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    peak: dict[str, list[int]] = {name: [] for name in names}
-    out = directory / "merged"
-    for turn in range(runs + 1):  # the first, not counted, warms the file cache
-        for name in names:
-            config = directory / "benchmark.yml"
-            config.write_text(configuration(name, paths))
-            shutil.rmtree(out, ignore_errors=True)
-            command = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet"]
-            seconds, memory = run_command(command)
-            if turn:
-                wall[name].append(seconds)
-                peak[name].append(memory)
+    out, commands = directory / "merged", dict[str, list[str]]()
+    for number, name in enumerate(names):
+        config = directory / f"benchmark-{number}.yml"
+        config.write_text(configuration(name, paths))
+        commands[name] = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet", *flags]
+    taken = alternate_commands(
+        commands, runs, before=lambda: shutil.rmtree(out, ignore_errors=True)
+    )
     shutil.rmtree(out, ignore_errors=True)
     print(machine())
     print(
         f"mergekit-yaml, {parameters:.0f} M parameters in {layers} layers, {TASKS} tasks, "
         f"bfloat16, median of {runs} alternating runs of the whole command\n"
     )
-    print("| method | wall seconds | range | pcb / this | peak memory |")
+    print("| method | wall seconds | range | pcb / this | own memory |")
     print("|---|---|---|---|---|")
+    wall = {name: [turn.seconds for turn in taken[name]] for name in names}
     for name in names:
-        memory = statistics.median(peak[name]) / 2**20
+        memory = statistics.median(turn.own_bytes for turn in taken[name]) / 2**20
         print(f"{row(name, wall[name], wall[names[0]])} {memory:.0f} MiB |")
 
 

@@ -1,7 +1,8 @@
-"""One tensor, three tasks, in memory: time and extra memory against the rivals.
+"""One tensor and its tasks, in memory: time and extra memory against the rivals.
 
-python -m benchmarks.kernel              # 4096 × 8192, five turns, about eight minutes
+python -m benchmarks.kernel              # 4096 × 8192, three tasks, five turns, about eight minutes
 python -m benchmarks.kernel --rows 512   # a quick look
+python -m benchmarks.kernel --others     # other shapes, sixteen tasks, inputs that are hard to rank
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import click
 import torch
 from mergekit.merge_methods import merge_tensors
 
-from benchmarks.measuring import alternate, extra_memory, machine, row
+from benchmarks.measuring import alternate, extra_memory, machine, ratio, row
 from benchmarks.rivals import released_pcb
 from mergekit_pcb.core import fused
 
@@ -32,15 +33,43 @@ PARAMETERS: dict[str, dict[str, float]] = {
 }
 
 
-def models(shape: tuple[int, int], dtype: torch.dtype, tasks: int = 3) -> list[torch.Tensor]:
-    """A base and its fine-tunes: N(0, 0.02) and steps of about 1e-3, rows differing in size."""
+Step = Callable[[tuple[int, int]], torch.Tensor]
+
+
+def usual(shape: tuple[int, int]) -> torch.Tensor:
+    """Steps of about 1e-3, rows differing in size."""
+    return torch.randn(shape).mul_(1e-3).mul_(torch.rand(shape[0], 1).add_(0.5))
+
+
+def outlier(shape: tuple[int, int]) -> torch.Tensor:
+    """No step but at one element."""
+    step = torch.zeros(shape)
+    step[shape[0] // 2, shape[1] // 2] = 5.0
+    return step
+
+
+#: Steps that are hard to rank, by name; on the grid of their base, so that equal ones stay equal.
+GRID = 2.0**-12
+HARD: dict[str, Step] = {
+    "all steps equal": lambda shape: torch.full(shape, 2.0**-7),
+    "two magnitudes": lambda shape: torch.rand(shape).lt(0.5).add(1).mul_(2.0**-7),
+    "heavy ties": lambda shape: torch.randn(shape).mul_(4).round_().mul_(2.0**-9),
+    "half zeros": lambda shape: usual(shape).mul_(torch.rand(shape).lt(0.5)),
+    "sorted": lambda shape: torch.linspace(-0.01, 0.01, shape[0] * shape[1]).view(shape),
+    "one outlier": outlier,
+    "large steps": lambda shape: torch.randn(shape),
+}
+
+
+def models(
+    shape: tuple[int, int], dtype: torch.dtype, tasks: int = 3, step: Step = usual
+) -> list[torch.Tensor]:
+    """A base N(0, 0.02) and its fine-tunes."""
     torch.manual_seed(0)
     base = torch.randn(shape).mul_(0.02)
-    tensors = [base.to(dtype)]
-    for _ in range(tasks):
-        step = torch.randn(shape).mul_(1e-3).mul_(torch.rand(shape[0], 1).add_(0.5))
-        tensors.append(step.add_(base).to(dtype))
-    return tensors
+    if step is not usual:
+        base = base.div_(GRID).round_().mul_(GRID)
+    return [base.to(dtype), *(step(shape).add_(base).to(dtype) for _ in range(tasks))]
 
 
 def actions(tensors: list[torch.Tensor], names: list[str]) -> dict[str, Callable[[], object]]:
@@ -82,6 +111,8 @@ def _released(tensors: list[torch.Tensor]) -> torch.Tensor:
     type=click.Choice([*PARAMETERS, RELEASED]),
     help="Default: all.",
 )
+@click.option("--tasks", default=3, show_default=True)
+@click.option("--others", is_flag=True, help="Other shapes and inputs instead, no memory.")
 @click.option("--memory-of", nargs=2, hidden=True, help="Print one figure; used by itself.")
 def main(
     rows: int,
@@ -90,6 +121,8 @@ def main(
     threads: int,
     dtypes: tuple[str, ...],
     chosen: tuple[str, ...],
+    tasks: int,
+    others: bool,
     memory_of: tuple[str, str] | None,
 ) -> None:
     """Print the tables of the kernel."""
@@ -97,41 +130,83 @@ def main(
     shape = (rows, columns)
     if memory_of:
         name, dtype_name = memory_of
-        tensors = models(shape, getattr(torch, dtype_name))
+        tensors = models(shape, getattr(torch, dtype_name), tasks)
         fused.compiled(tensors[0].dtype)  # code and constants that stay
         small = [tensor[:8] for tensor in tensors]
         actions(small, [name])[name]()
         print(extra_memory(actions(tensors, [name])[name]))
         return
     print(machine())
-    print(f"one tensor {rows} × {columns}, three tasks, density {DENSITY}, median of {runs} turns")
-    print(f"DARE with density {DARE_DENSITY}")
+    if others:
+        _others(rows, columns, runs, dtypes)
+        return
+    print(f"one tensor {rows} × {columns}, {tasks} tasks, density {DENSITY}")
+    print(f"median of {runs} turns; DARE with density {DARE_DENSITY}")
     for dtype_name in dtypes:
         dtype = getattr(torch, dtype_name)
         names = list(PARAMETERS)
         if dtype == torch.float32:
             names.append(RELEASED)
         names = [name for name in names if name in (chosen or names)]
-        tensors = models(shape, dtype)
+        tensors = models(shape, dtype, tasks)
         seconds = alternate(actions(tensors, names), runs)
         size = tensors[0].nbytes
         del tensors
         print(f"\n| {dtype_name} | seconds | range | pcb / this | extra, S = {size >> 20} MiB |")
         print("|---|---|---|---|---|")
         for name in names:
-            extra = _memory_in_own_process(name, dtype_name, rows, columns, threads)
+            extra = _memory_in_own_process(name, dtype_name, rows, columns, threads, tasks)
             print(f"{row(name, seconds[name], seconds[OURS])} {extra / size:.2f} S |")
         for other in [n for n in (OURS, "dare_ties") if {DARE, n} <= set(names)]:
-            cost = (a / b for a, b in zip(seconds[DARE], seconds[other], strict=True))
-            print(f"\n{DARE} / {other}: {statistics.median(cost):.3f}")
+            print(f"\n{DARE} / {other}: {ratio(seconds[DARE], seconds[other]):.3f}")
         own = statistics.median(seconds[OURS])
-        elements = rows * columns * 3
-        print(f"\npcb: {own / elements * 1e9:.2f} ns per element and task")
+        print(f"\npcb: {own / (rows * columns * tasks) * 1e9:.2f} ns per element and task")
 
 
-def _memory_in_own_process(name: str, dtype: str, rows: int, columns: int, threads: int) -> int:
+def _others(rows: int, columns: int, runs: int, dtypes: tuple[str, ...]) -> None:
+    """Print a row for each of several shapes, numbers of tasks, threads and kinds of steps."""
+    plain, quarter = (rows, columns), (rows // 4, columns)
+    cases: list[tuple[str, tuple[int, int], int, Step]] = [
+        ("256 × 256", (256, 256), 3, usual),
+        (f"{rows} × {columns}", plain, 3, usual),
+        ("128256 × 4096", (128256, 4096), 3, usual),
+        (f"{rows // 4} × {columns}, 16 tasks", quarter, 16, usual),
+        *((f"{rows} × {columns}, {name}", plain, 3, step) for name, step in HARD.items()),
+    ]
+    print(f"density {DENSITY}, median of {runs} turns; milliseconds\n")
+    print("| | | pcb | one thread / all | task_arithmetic | pcb / task_arithmetic |")
+    print("|---|---|---|---|---|---|")
+    threads = torch.get_num_threads()
+    for name, shape, tasks, step in cases:
+        for dtype_name in dtypes:
+            tensors = models(shape, getattr(torch, dtype_name), tasks, step)
+            timed = actions(tensors, [OURS, "task_arithmetic"])
+            timed["one thread"] = lambda: _on_one_thread(timed[OURS], threads)  # noqa: B023
+            seconds = alternate(timed, runs)
+            own, other = seconds[OURS], seconds["task_arithmetic"]
+            faster = ratio(seconds["one thread"], own)
+            mine, theirs = (statistics.median(values) * 1e3 for values in (own, other))
+            print(
+                f"| {name} | {dtype_name} | {mine:.2f} | {faster:.2f} | {theirs:.2f} "
+                f"| {ratio(own, other):.2f} |",
+                flush=True,
+            )
+
+
+def _on_one_thread(action: Callable[[], object], threads: int) -> object:
+    torch.set_num_threads(1)
+    try:
+        return action()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _memory_in_own_process(
+    name: str, dtype: str, rows: int, columns: int, threads: int, tasks: int
+) -> int:
     command = [sys.executable, "-m", "benchmarks.kernel", "--memory-of", name, dtype]
     command += ["--rows", str(rows), "--columns", str(columns), "--threads", str(threads)]
+    command += ["--tasks", str(tasks)]
     return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 

@@ -10,8 +10,10 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -60,11 +62,15 @@ def alternate(actions: Mapping[str, Callable[[], object]], runs: int) -> dict[st
     return seconds
 
 
+def ratio(these: Sequence[float], those: Sequence[float]) -> float:
+    """The median of these / those, taken turn by turn."""
+    return statistics.median(one / other for one, other in zip(these, those, strict=True))
+
+
 def row(name: str, values: Sequence[float], own: Sequence[float]) -> str:
     """A table row: median, range, and the median of own/this taken turn by turn."""
-    ratio = statistics.median(mine / other for mine, other in zip(own, values, strict=True))
     spread = f"{min(values):.2f}–{max(values):.2f}"
-    return f"| {name} | {statistics.median(values):.2f} | {spread} | {ratio:.3f} |"
+    return f"| {name} | {statistics.median(values):.2f} | {spread} | {ratio(own, values):.3f} |"
 
 
 def extra_memory(action: Callable[[], object]) -> int:
@@ -77,20 +83,55 @@ def extra_memory(action: Callable[[], object]) -> int:
     return peak - before
 
 
-def _status(field: str) -> int:
-    text = pathlib.Path("/proc/self/status").read_text()
+def _status(field: str, process: int | str = "self") -> int:
+    text = pathlib.Path(f"/proc/{process}/status").read_text()
     return 1024 * int(re.findall(rf"{field}:\s+(\d+)", text)[0])
 
 
-def run_command(command: Sequence[str]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a whole process; raises if it fails."""
-    with pathlib.Path(os.devnull).open("w") as nowhere:
+class Taken(NamedTuple):
+    """Wall seconds of a whole process, and the most bytes it held of its own.
+
+    Pages of files that it had mapped are not its own: any other process may have their room.
+    """
+
+    seconds: float
+    own_bytes: int
+
+
+SECONDS_BETWEEN_LOOKS = 0.01
+
+
+def run_command(command: Sequence[str]) -> Taken:
+    """Run a whole process (Linux); raises if it fails."""
+    with tempfile.TemporaryFile() as complaint, pathlib.Path(os.devnull).open("w") as nowhere:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=nowhere, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None  # noqa: S101 - for type checkers
-        complaint = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{complaint}")
-    return wall, usage.ru_maxrss * 1024
+        process = subprocess.Popen(command, stdout=nowhere, stderr=complaint)
+        most = 0
+        while process.poll() is None:
+            with contextlib.suppress(OSError, IndexError):  # it may have just ended
+                most = max(most, _status("RssAnon", process.pid))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_BETWEEN_LOOKS)
+        wall = time.perf_counter() - start
+        if process.returncode:
+            complaint.seek(0)
+            said = complaint.read().decode(errors="replace")
+            raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
+    return Taken(wall, most)
+
+
+def alternate_commands(
+    commands: Mapping[str, Sequence[str]], runs: int, before: Callable[[], object]
+) -> dict[str, list[Taken]]:
+    """Whole processes, taken in turn after one turn not counted, which warms the file cache.
+
+    ``before`` is called ahead of each, and its time is not counted.
+    """
+    taken: dict[str, list[Taken]] = {name: [] for name in commands}
+    for turn in range(runs + 1):
+        for name, command in commands.items():
+            before()
+            found = run_command(command)
+            if turn:
+                taken[name].append(found)
+    return taken

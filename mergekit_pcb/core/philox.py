@@ -23,17 +23,19 @@ _WEYL = numpy.uint64(0x9E3779B97F4A7C15), numpy.uint64(0xBB67AE8584CAA73B)
 
 @kept_on_disk
 def compare(
-    k0: Any, k1: Any, counter: Any, fence: Any, numbers: Any, words: Any, less: Any, same: Any
-) -> None:
+    k0: Any, k1: Any, low: Any, high: Any, fence: Any, numbers: Any, words: Any, less: Any,
+    same: Any,
+) -> None:  # fmt: skip
     """Which words are less than ``fence`` and which are equal to it, 64 to a number, lowest first.
 
-    They are drawn with the key ``k0 + 2^64 k1``, four numbers of four words from each counter on.
-    ``words`` is the memory of ``numbers``, scratch of one strip.
+    They are drawn with the key ``k0 + 2^64 k1``, four numbers of four words a counter, which stood
+    at ``low + 2^64 high``. ``words`` is the memory of ``numbers``, scratch of one strip.
     """
     for strip in range(len(less)):
         for place in range(0, STRIP // 4, 4):
-            counter += numpy.uint64(1)  # numpy adds one before it draws
-            c0, c1, c2, c3 = counter, numpy.uint64(0), numpy.uint64(0), numpy.uint64(0)
+            low += numpy.uint64(1)  # numpy adds one before it draws
+            high += numpy.uint64(low == 0)
+            c0, c1, c2, c3 = low, high, numpy.uint64(0), numpy.uint64(0)
             a, b = k0, k1
             for _ in range(ROUNDS):
                 high0, low0 = upper_half(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
@@ -50,7 +52,9 @@ def against(key: int, counter: int, count: int, fence: int) -> tuple[Any, Any]:
     """As that of ``dare.py``, with more bits than words asked for."""
     strips, numbers = -(-count // STRIP), numpy.empty(STRIP // 4, "u8")
     below, equal = numpy.empty((2, strips), "<u8")
-    halves = numpy.uint64(key & 2**64 - 1), numpy.uint64(key >> 64)
-    asked = *halves, numpy.uint64(counter), numpy.uint16(fence)
+    halves = [
+        numpy.uint64(half) for whole in (key, counter) for half in divmod(whole, 1 << 64)[::-1]
+    ]
+    asked = *halves, numpy.uint16(fence)
     compare(*asked, numbers, numbers.view("u2"), below, equal)
     return below.view("u1"), equal.view("u1")
