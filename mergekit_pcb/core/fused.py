@@ -31,7 +31,7 @@ SWITCH = "MERGEKIT_PCB_COMPILED"
 BLOCK_ELEMENTS = 1 << 13
 BLOCK_TASKS = 8
 # Enough for a thread that calling the loops costs nothing beside them.
-BLOCKS_PER_PIECE = 64
+BLOCKS_PER_PIECE = 32
 # Elements of a tensor below which torch's own operations are as good.
 SMALLEST = 1 << 12
 # Elements from which on loading the loops, most of a second, pays (compiling them takes some more,

@@ -161,13 +161,10 @@ def _intervals(
             raise OutOfRangeError(widest)
 
     sampled: list[torch.Tensor | None] = [torch.abs(tau) for tau in sample.task_vectors()]
-    sampled = sampled or [None] * len(tasks)
+    guesses = [sample.guess(sampled[task] if sampled else None, ranks) for task in tasks]
     ends = {
-        task: [
-            OrderStatistic(rank, count, **guess)
-            for rank, guess in zip(ranks, sample.guess(sampled[task], ranks), strict=True)
-        ]
-        for task in tasks
+        task: [OrderStatistic(rank, count, **guess) for rank, guess in zip(ranks, own, strict=True)]
+        for task, own in zip(tasks, guesses, strict=True)
     }
     return [Balance(*values) for values in _settle(ends, magnitudes).values()]
 
@@ -212,12 +209,21 @@ def _balances(
             for task, peak in found.items():
                 peaks[task] = max(peaks[task], peak)
 
-    sampled = _sampled_scores(sample, intervals, scratch.dtype)
-    thresholds = {
-        task: [OrderStatistic(rank, count, **sample.guess(sampled[task], [rank])[0])]
-        for task, rank in enumerate(ranks)
-        if not intervals[task].constant and rank < count
-    }
+    competing = [
+        task for task, rank in enumerate(ranks) if not intervals[task].constant and rank < count
+    ]
+    task_vectors = sample.task_vectors()
+    total = torch.stack(task_vectors).sum(0) if task_vectors else None
+
+    def threshold(task: int) -> OrderStatistic:
+        sampled = None
+        if total is not None:
+            given = task_vectors[task], total, intervals[task], len(intervals)
+            sampled = _score(*given, Scratch(scratch.dtype))
+        (guess,) = sample.guess(sampled, [ranks[task]])
+        return OrderStatistic(ranks[task], count, **guess)
+
+    thresholds = {task: [threshold(task)] for task in competing}
     settled = _settle(thresholds, scores)
     # With many tasks the factor exp(−n) may leave nothing of scores in float32.
     lost = [task for task in settled if not tellable(peaks[task], scratch.dtype)]
@@ -254,22 +260,6 @@ def _score(
 ) -> torch.Tensor:
     clamped = magnitude(tau, balance, out=scratch("score", tau))
     return score(tau, clamped, total, balance, tasks, out=clamped, scratch=scratch.passing(tau))
-
-
-def _sampled_scores(
-    sample: Sample, intervals: Sequence[Balance], dtype: torch.dtype
-) -> list[torch.Tensor | None]:
-    """Those of all tasks in the sample; ``None`` where there are none."""
-    task_vectors = sample.task_vectors()
-    if not task_vectors:
-        return [None] * len(intervals)
-    total, found = torch.stack(task_vectors).sum(0), list[torch.Tensor | None]()
-    for tau, interval in zip(task_vectors, intervals, strict=True):
-        if interval.constant:
-            found.append(None)
-        else:
-            found.append(_score(tau, total, interval, len(intervals), Scratch(dtype)))
-    return found
 
 
 def _settle(

@@ -14,9 +14,11 @@ import torch
 from mergekit_pcb.core.ranks import POOL_ELEMENTS, at_ranks, neighbour
 from mergekit_pcb.core.vectors import Aligned
 
-# Elements of each task in the sample that guesses where thresholds lie: the two-thirds power
-# of all, which balances looking at a sample against keeping what its guess leaves open (about
-# 1 % of a large tensor), up to 4 MiB a task. It decides about work, never about the answer.
+# Elements of each task in the sample that guesses where thresholds lie: a share of the two-thirds
+# power of all, which balances looking at a sample against keeping what its guess leaves open (one
+# or two in a hundred of a large tensor), up to 4 MiB a task. It decides about work, never about the
+# answer.
+SAMPLE_SHARE = 0.35
 LARGEST_SAMPLE = 1 << 20
 # A guess misses about once in 16 000 times.
 SAMPLE_DEVIATIONS = 4.0
@@ -36,7 +38,7 @@ class Sample:
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         self._count, self._dtype = count, dtype
         # Odd, so that it does not fall in step with the rows of a matrix.
-        size = min(max(1, round(count ** (2 / 3))), LARGEST_SAMPLE)
+        size = min(max(1, round(SAMPLE_SHARE * count ** (2 / 3))), LARGEST_SAMPLE)
         self._step = (count // size) | 1
         self._passed = 0
         self._parts: list[list[torch.Tensor]] = []
