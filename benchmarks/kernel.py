@@ -113,6 +113,7 @@ def _released(tensors: list[torch.Tensor]) -> torch.Tensor:
 )
 @click.option("--tasks", default=3, show_default=True)
 @click.option("--others", is_flag=True, help="Other shapes and inputs instead, no memory.")
+@click.option("--largest", default=128256, show_default=True, help="Rows of the largest of them.")
 @click.option("--memory-of", nargs=2, hidden=True, help="Print one figure; used by itself.")
 def main(
     rows: int,
@@ -123,6 +124,7 @@ def main(
     chosen: tuple[str, ...],
     tasks: int,
     others: bool,
+    largest: int,
     memory_of: tuple[str, str] | None,
 ) -> None:
     """Print the tables of the kernel."""
@@ -138,7 +140,7 @@ def main(
         return
     print(machine())
     if others:
-        _others(rows, columns, runs, dtypes)
+        _others(rows, columns, largest, runs, dtypes)
         return
     print(f"one tensor {rows} × {columns}, {tasks} tasks, density {DENSITY}")
     print(f"median of {runs} turns; DARE with density {DARE_DENSITY}")
@@ -163,13 +165,13 @@ def main(
         print(f"\npcb: {own / (rows * columns * tasks) * 1e9:.2f} ns per element and task")
 
 
-def _others(rows: int, columns: int, runs: int, dtypes: tuple[str, ...]) -> None:
+def _others(rows: int, columns: int, largest: int, runs: int, dtypes: tuple[str, ...]) -> None:
     """Print a row for each of several shapes, numbers of tasks, threads and kinds of steps."""
     plain, quarter = (rows, columns), (rows // 4, columns)
     cases: list[tuple[str, tuple[int, int], int, Step]] = [
         ("256 × 256", (256, 256), 3, usual),
         (f"{rows} × {columns}", plain, 3, usual),
-        ("128256 × 4096", (128256, 4096), 3, usual),
+        (f"{largest} × 4096", (largest, 4096), 3, usual),
         (f"{rows // 4} × {columns}, 16 tasks", quarter, 16, usual),
         *((f"{rows} × {columns}, {name}", plain, 3, step) for name, step in HARD.items()),
     ]
