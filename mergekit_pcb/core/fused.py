@@ -149,7 +149,16 @@ class Fused:
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = lines.tally(room)
             most = numpy.full(self._count, -math.inf, "f4")
-            own = room.tau, room.total, table, room.values, room.bits, *room.products, most
+            own = (
+                room.tau,
+                room.total,
+                table,
+                room.values,
+                room.bits,
+                *room.products,
+                room.extremes,
+                most,
+            )
             for first, end in pieces:
                 inputs, start, waits = self._inputs(room, first, end), first, False
                 while start < end:

@@ -1,4 +1,4 @@
-"""What compiled code needs and numba has no words for: bits of vectors, pointers, short floats.
+"""What compiled code needs and numba has no words for: bits of vectors, memory, short floats.
 
 Also how functions are compiled. Importing this module takes numba.
 """
@@ -16,7 +16,6 @@ from typing import Any
 import numpy
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from mergekit_pcb.core.vectors import STRIP
@@ -51,13 +50,15 @@ def kept_on_disk(function: Callable[..., Any]) -> Any:
 
 
 @intrinsic
-def pointer(_context, address):
-    """An address as a pointer."""
+def read(_context, address, place, like):
+    """The number at a place of memory that holds numbers like those of an array."""
 
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+    def generate(context, builder, signature, arguments):
+        kind = context.get_data_type(signature.args[2].dtype)
+        memory = builder.inttoptr(arguments[0], kind.as_pointer())
+        return builder.load(builder.gep(memory, [arguments[1]]))
 
-    return types.voidptr(address), generate
+    return like.dtype(types.intp, types.intp, like), generate
 
 
 def _lanes(comparison: str, kind: Any, bits: Any) -> Any:
@@ -100,10 +101,11 @@ def ones(_context, bits):
 
 @intrinsic
 def first_of(_context, bits):
-    """The place of the lowest bit that is set; one is."""
+    """The place of the lowest bit that is set; any place if none is."""
 
     def generate(_context, builder, _signature, arguments):
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+        found = builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+        return builder.and_(found, ir.Constant(ir.IntType(64), STRIP - 1))
 
     return types.uint64(bits), generate
 

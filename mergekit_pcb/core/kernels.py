@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy
-from numba import carray
 
 from mergekit_pcb.core.formulas import LEAST_EXPONENT, POWER_OF_TWO, ROUNDING, SMALL
-from mergekit_pcb.core.intrinsics import above, below, first_of, loop, narrow, ones, pointer, wide
+from mergekit_pcb.core.intrinsics import above, below, first_of, loop, narrow, ones, read, wide
 from mergekit_pcb.core.vectors import STRIP
 
 # Numbers of no precision of their own would be of float64.
@@ -27,6 +26,8 @@ _ROUNDING, _LEAST = numpy.float32(ROUNDING), numpy.float32(LEAST_EXPONENT)
 _SMALL, _MINUS_THIRD = numpy.float32(SMALL), numpy.float32(-1 / 3)
 _ZERO, _ONE = numpy.float32(0), numpy.float32(1)
 _MAGNITUDE = numpy.int32(0x7FFFFFFF)
+# Values of a strip between two fences, rarely more.
+USUAL = 3
 _ALL = numpy.uint64(2**64 - 1)
 
 
@@ -56,10 +57,9 @@ def task_vectors(
     """
     own = base[start : start + count]
     for task in range(len(addresses)):
-        whole = carray(pointer(addresses[task]), base.shape, base.dtype)
-        values = whole[start : start + count]
+        address = addresses[task]
         for i in range(count):
-            tau[task, i] = wide(values[i]) - wide(own[i])
+            tau[task, i] = wide(read(address, start + i, base)) - wide(own[i])
         if factors[task] != 0:
             thin(tau[task], masks[task, (start - first) // 8 :], factors[task], count)
 
@@ -111,63 +111,45 @@ def magnitudes(tau: Any, out: Any, bits: Any, extremes: Any, count: int) -> Any:
 
 
 @loop
-def take_extremes(
-    values: Any, extremes: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any,
-    fills: Any, count: int,
-) -> None:  # fmt: skip
-    """As :func:`take`, for values most of which lie on one side of both fences.
-
-    ``extremes`` are the least and the largest of every strip.
-    """
-    for k in range(len(rows)):
-        row = rows[k]
-        low, high = fences[k, 0], fences[k, 1]
-        for strip in range((count + STRIP - 1) // STRIP):
-            start = strip * STRIP
-            length = min(STRIP, count - start)
-            if extremes[row, strip, 1] < low:
-                counts[k, 0] += length
-                counts[k, 1] += length
-            elif not extremes[row, strip, 0] >= high:
-                _take_strip(values[row], start, length, k, fences, tied, counts, pools, fills)
-
-
-@loop
 def take(
-    values: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any, fills: Any, count: int
-) -> None:
+    values: Any, extremes: Any, skips: bool, rows: Any, fences: Any, tied: Any, counts: Any,
+    pools: Any, fills: Any, count: int,
+) -> None:  # fmt: skip
     """Count the values below fences, and keep those between them.
 
     Line ``k`` looks at row ``rows[k]`` between ``fences[k]``: ``counts[k]`` grows by how many are
     at most and, where ``tied`` says so, how many are less than the lower one; ``pools[k]`` from
     ``fills[k]`` on takes those strictly between, and has room for them. A row has room for whole
-    strips, whatever the last one holds beyond ``count``.
+    strips, whatever the last one holds beyond ``count``. Where it ``skips``, ``extremes`` are the
+    least and the largest of every strip, most of which lie on one side of both fences.
     """
     for k in range(len(rows)):
-        row = values[rows[k]]
+        row, low, high, counts_ties = rows[k], fences[k, 0], fences[k, 1], tied[k]
+        at_most = less = numpy.int64(0)
+        fill = fills[k]
         for start in range(0, count, STRIP):
             length = min(STRIP, count - start)
-            _take_strip(row, start, length, k, fences, tied, counts, pools, fills)
-
-
-@loop
-def _take_strip(
-    row: Any, start: int, length: int, k: int, fences: Any, tied: Any, counts: Any, pools: Any,
-    fills: Any,
-) -> None:  # fmt: skip
-    low, high = fences[k, 0], fences[k, 1]
-    valid = numpy.uint64(_ALL >> numpy.uint64(STRIP - length))
-    beyond = numpy.uint64(above(row, start, low) & valid)
-    counts[k, 0] += length - numpy.int64(ones(beyond))
-    if tied[k]:
-        counts[k, 1] += numpy.int64(ones(numpy.uint64(below(row, start, low) & valid)))
-    inside = numpy.uint64(beyond & below(row, start, high))
-    pool, fill = pools[k], fills[k]
-    while inside:
-        pool[fill] = row[start + numpy.int64(first_of(inside))]
-        fill += 1
-        inside = numpy.uint64(inside & numpy.uint64(inside - numpy.uint64(1)))
-    fills[k] = fill
+            if skips:
+                if extremes[row, start // STRIP, 1] < low:
+                    at_most += length
+                    less += length
+                    continue
+                if extremes[row, start // STRIP, 0] >= high:
+                    continue
+            place = row * values.shape[1] + start
+            valid = numpy.uint64(_ALL >> numpy.uint64(STRIP - length))
+            beyond = numpy.uint64(above(values, place, low) & valid)
+            at_most += length - numpy.int64(ones(beyond))
+            if counts_ties:
+                less += numpy.int64(ones(numpy.uint64(below(values, place, low) & valid)))
+            inside = numpy.uint64(beyond & below(values, place, high))
+            while inside:
+                pools[k, fill] = values[row, start + numpy.int64(first_of(inside))]
+                inside = numpy.uint64(inside & numpy.uint64(inside - numpy.uint64(1)))
+                fill += 1
+        counts[k, 0] += at_most
+        counts[k, 1] += less
+        fills[k] = fill
 
 
 @loop

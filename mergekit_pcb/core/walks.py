@@ -22,7 +22,6 @@ from mergekit_pcb.core.kernels import (
     scores,
     store,
     take,
-    take_extremes,
     task_vectors,
 )
 
@@ -43,7 +42,7 @@ def walk_magnitudes(
         count = min(values.shape[1], end - start)
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
         largest = max(largest, magnitudes(tau, values, bits, extreme_bits, count))
-        take_extremes(values, extremes, rows, fences, tied, counts, pools, fills, count)
+        take(values, extremes, True, rows, fences, tied, counts, pools, fills, count)
         start += count
         if _full(pools, fills, values.shape[1]):
             break
@@ -54,8 +53,8 @@ def walk_magnitudes(
 def walk_scores(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
     waits: bool, tau: Any, total: Any, table: Any, values: Any, bits: Any, products: Any,
-    product_bits: Any, most: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any,
-    fills: Any,
+    product_bits: Any, extremes: Any, most: Any, rows: Any, fences: Any, tied: Any, counts: Any,
+    pools: Any, fills: Any,
 ) -> tuple[int, bool]:  # fmt: skip
     """Take the scores of elements; returns where it ended, and whether that block waits.
 
@@ -74,7 +73,7 @@ def walk_scores(
             if not scores(tau, total, table, values, products, product_bits, count):
                 return start, True
         peaks(values, bits, most, count)
-        take(values, rows, fences, tied, counts, pools, fills, count)
+        take(values, extremes, False, rows, fences, tied, counts, pools, fills, count)
         start += count
         if _full(pools, fills, values.shape[1]):
             break
