@@ -52,7 +52,7 @@ def outlier(shape: tuple[int, int]) -> torch.Tensor:
 GRID = 2.0**-12
 HARD: dict[str, Step] = {
     "all steps equal": lambda shape: torch.full(shape, 2.0**-7),
-    "two magnitudes": lambda shape: torch.rand(shape).lt(0.5).add(1).mul_(2.0**-7),
+    "two magnitudes": lambda shape: torch.rand(shape).lt(0.5).float().add_(1).mul_(2.0**-7),
     "heavy ties": lambda shape: torch.randn(shape).mul_(4).round_().mul_(2.0**-9),
     "half zeros": lambda shape: usual(shape).mul_(torch.rand(shape).lt(0.5)),
     "sorted": lambda shape: torch.linspace(-0.01, 0.01, shape[0] * shape[1]).view(shape),

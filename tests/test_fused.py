@@ -12,7 +12,7 @@ import torch
 from conftest import pieces
 
 from mergekit_pcb.core import dare, fused, kernels, measure, merge, philox, ranks
-from mergekit_pcb.core.formulas import POWER_OF_TWO, Balance, power_of_two_
+from mergekit_pcb.core.formulas import MIDDLE, POWER_OF_TWO, SMALL, Balance, power_of_two_, tanh_
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, Recipe
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.vectors import Aligned
@@ -84,10 +84,11 @@ def test_the_bits_of_large_tensors_on_several_threads(kind, size, together):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dare", [1.0, 0.3])
-def test_large_products_take_torchs_tangents(kind, dare):
-    """In all blocks, or in some of them; what comes after them goes on as before."""
+def test_large_products_have_the_same_tangents(kind, dare):
+    """Where all are large, where some are, and where some are in between."""
     base, models = inputs(kind, 50_000, 3, step=3.0)
     assert_same(base, models, dare=dare)
+    assert_same(*inputs(kind, 50_000, 3, step=0.1), dare=dare)
     base, models = inputs(kind, 50_000, 3)
     for place in (0, 20_001, 20_002, 49_999):
         models[1][place] += 4
@@ -223,6 +224,19 @@ def test_every_float32_that_matters_is_rounded_as_torch_rounds_it(kind, written,
     found = numpy.empty(len(values), written)
     kernels.store(values.numpy(), values.numpy().view("i4"), found, len(values))
     assert torch.equal(torch.from_numpy(found.view("i2")), values.to(kind).view(torch.int16))
+
+
+def test_tangents_are_exact_to_two_units_in_the_last_place():
+    sizes = torch.cat((torch.logspace(-30, 1.5, 1_000_003), torch.linspace(0, 12, 1_000_003)))
+    z = torch.cat((sizes, -sizes, torch.tensor([0.0, SMALL, MIDDLE, math.inf, 3e38])))
+    exact = torch.tanh(z.double())
+    found = tanh_(z.clone(), scratch=torch.empty_like(z))
+    spacing = torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()
+    assert float(((found.double() - exact).abs() / spacing.double()).max()) < 2
+    for largest in (SMALL, MIDDLE):  # whatever stands beside it
+        few = z.abs() <= largest
+        alone = tanh_(z[few], scratch=torch.empty(int(few.sum())))
+        assert torch.equal(alone, found[few])
 
 
 def test_a_statistic_takes_counts_between_older_fences():

@@ -42,7 +42,7 @@ ARROWS = {
     "core.kernels": {"core.formulas", "core.intrinsics", "core.vectors"},
     "core.walks": {"core.intrinsics", "core.kernels"},
     "core.philox": {"core.intrinsics", "core.vectors"},
-    "core.threads": {"core.formulas", "core.ranks", "core.vectors"},
+    "core.threads": {"core.ranks", "core.vectors"},
     "core.fused": {
         "core.dare",
         "core.formulas",

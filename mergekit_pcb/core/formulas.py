@@ -141,21 +141,45 @@ def power_of_two_(y: torch.Tensor, *, scratch: tuple[torch.Tensor, torch.Tensor]
 
 # Below this, z − z³/3 is tanh z to within float32 rounding: the next term is 8e-9 of it.
 SMALL = 2.0**-6
+# Up to here z + z³ P(z²) is, with P the polynomial of least relative error (4e-9), rounded to
+# float32; beyond, (1 − t) / (1 + t) with t = exp(−2 |z|). All are within two units in the last
+# place.
+MIDDLE = 0.625
+HYPERBOLIC = tuple(
+    map(
+        float.fromhex,
+        (
+            "-0x1.555532p-2", "0x1.110726p-3", "-0x1.b83c58p-5", "0x1.522692p-6",
+            "-0x1.75e1a8p-8",
+        ),
+    )
+)  # fmt: skip
 
 
 def tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
-    """Tanh in place; on a CPU three times faster for the tiny products real models have.
+    """Tanh in place; on a CPU and in float32 spelled out, as :func:`power_of_two_` is.
 
-    Each element's value depends on that element alone, whichever way a chunk is computed.
+    Real models have tiny products, for which it is short. Each element's value depends on that
+    element alone, whichever way a chunk is computed.
     """
     if z.device.type != "cpu" or z.dtype != torch.float32:
         return z.tanh_()
     lowest, highest = torch.aminmax(z)
+    largest = float(torch.maximum(-lowest, highest))
     square = torch.mul(z, z, out=scratch)
-    if lowest >= -SMALL and highest <= SMALL:
+    if largest <= SMALL:
         return z.add_(square.mul_(z).mul_(-1 / 3))
+    size = z.abs()
+    polynomial = square * HYPERBOLIC[-1]
+    for coefficient in HYPERBOLIC[-2::-1]:
+        polynomial.add_(coefficient).mul_(square)
+    found = polynomial.mul_(z).add_(z)
+    if largest > MIDDLE:
+        t = power_of_two_(size * (-2 * LOG2_E), scratch=(torch.empty_like(z), torch.empty_like(z)))
+        far = torch.copysign((1 - t).div_(1 + t), z)
+        found = torch.where(size <= MIDDLE, found, far)
     series = square.mul_(z).mul_(-1 / 3).add_(z)
-    return z.copy_(torch.where(z.abs() <= SMALL, series, torch.tanh(z)))
+    return z.copy_(torch.where(size <= SMALL, series, found))
 
 
 def rescale_(scores: torch.Tensor, balance: Balance) -> torch.Tensor:

@@ -160,14 +160,11 @@ class Fused:
                 most,
             )
             for first, end in pieces:
-                inputs, start, waits = self._inputs(room, first, end), first, False
+                inputs, start = self._inputs(room, first, end), first
                 while start < end:
-                    given = *inputs, start, end, waits, *own, *tally.lines
-                    stop, waits = self._loops.walk_scores(*given)
+                    stop = self._loops.walk_scores(*inputs, start, end, *own, *tally.lines)
                     tally.saw(stop - start)
                     start = stop
-                    if waits:
-                        room.tangents(end - start)
             tally.give()
             peaks.append(most)
 
@@ -191,16 +188,11 @@ class Fused:
         written, largest = _bits(out), [0]
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
-            most = numpy.zeros(1, "i4")
             own = room.tau, room.total, table, room.values, *room.products, weights, smallest
             for first, end in pieces:
-                inputs, start, waits = self._inputs(room, first, end), first, False
-                while start < end:
-                    given = *inputs, start, end, waits, *own, *room.merged, most, written
-                    start, waits = self._loops.walk_merge(*given)
-                    if waits:
-                        room.tangents(end - start)
-            largest.append(int(most[0]))
+                inputs = self._inputs(room, first, end)
+                given = *inputs, first, end, *own, *room.merged, written
+                largest.append(self._loops.walk_merge(*given))
 
         self._walk(work)
         return _number(max(largest)) <= torch.finfo(out.dtype).max

@@ -16,13 +16,23 @@ from typing import Any
 
 import numpy
 
-from mergekit_pcb.core.formulas import LEAST_EXPONENT, POWER_OF_TWO, ROUNDING, SMALL
+from mergekit_pcb.core.formulas import (
+    HYPERBOLIC,
+    LEAST_EXPONENT,
+    LOG2_E,
+    MIDDLE,
+    POWER_OF_TWO,
+    ROUNDING,
+    SMALL,
+)
 from mergekit_pcb.core.intrinsics import above, below, first_of, loop, narrow, ones, read, wide
 from mergekit_pcb.core.vectors import STRIP
 
 # Numbers of no precision of their own would be of float64.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(numpy.float32, POWER_OF_TWO)
 _ROUNDING, _LEAST = numpy.float32(ROUNDING), numpy.float32(LEAST_EXPONENT)
+_H0, _H1, _H2, _H3, _H4 = map(numpy.float32, HYPERBOLIC)
+_MIDDLE, _MINUS_2_LOG2_E = numpy.float32(MIDDLE), numpy.float32(-2 * LOG2_E)
 _SMALL, _MINUS_THIRD = numpy.float32(SMALL), numpy.float32(-1 / 3)
 _ZERO, _ONE = numpy.float32(0), numpy.float32(1)
 _MAGNITUDE = numpy.int32(0x7FFFFFFF)
@@ -155,11 +165,10 @@ def take(
 @loop
 def scores(
     tau: Any, total: Any, table: Any, out: Any, products: Any, product_bits: Any, count: int
-) -> bool:
-    """The scores of all tasks; ``False`` where they still wait for hyperbolic tangents.
+) -> None:
+    """The scores of all tasks; ``products`` is scratch.
 
-    ``out`` then holds intra-balancing, and ``products`` what the tangents are of. ``table`` has a
-    row ``low, high, √(n log₂ e) / (high − low), n log₂ e`` per task.
+    ``table`` has a row ``low, high, √(n log₂ e) / (high − low), n log₂ e`` per task.
     """
     largest = numpy.int32(0)
     for task in range(len(tau)):
@@ -167,31 +176,53 @@ def scores(
         factor, exponent = table[task, 2], table[task, 3]
         for i in range(count):
             x = (min(max(abs(tau[task, i]), low), high) - low) * factor
-            y = max(x * x - exponent, _LEAST)
-            whole = (y + _ROUNDING) - _ROUNDING
-            f = y - whole
-            p = (((((f * _C6 + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
-            bits = numpy.int32(numpy.int32(numpy.int32(whole) + numpy.int32(127)) << 23)
-            out[task, i] = p * bits.view(numpy.float32)
+            out[task, i] = _power_of_two(x * x - exponent)
         for i in range(count):
             products[task, i] = tau[task, i] * total[i]
         for i in range(count):
             largest = max(largest, numpy.int32(product_bits[task, i] & _MAGNITUDE))
-    if _number(largest) > _SMALL:
-        return False
     for task in range(len(tau)):
-        for i in range(count):
-            z = products[task, i]
-            out[task, i] *= z + z * z * z * _MINUS_THIRD
-    return True
+        if _number(largest) <= _SMALL:
+            for i in range(count):
+                out[task, i] *= _tanh_of_small(products[task, i])
+        elif _number(largest) <= _MIDDLE:
+            for i in range(count):
+                z = products[task, i]
+                found = _tanh_of_small(z) if abs(z) <= _SMALL else _tanh_of_middle(z)
+                out[task, i] *= found
+        else:
+            for i in range(count):
+                z = products[task, i]
+                near = _tanh_of_middle(z) if abs(z) <= _MIDDLE else _tanh_of_large(z)
+                out[task, i] *= _tanh_of_small(z) if abs(z) <= _SMALL else near
 
 
 @loop
-def multiply(values: Any, by: Any, count: int) -> None:
-    """Intra-balancing times inter-balancing, in place of the former."""
-    for task in range(len(values)):
-        for i in range(count):
-            values[task, i] *= by[task, i]
+def _power_of_two(y: Any) -> Any:
+    y = max(y, _LEAST)
+    whole = (y + _ROUNDING) - _ROUNDING
+    f = y - whole
+    p = (((((f * _C6 + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
+    bits = numpy.int32(numpy.int32(numpy.int32(whole) + numpy.int32(127)) << 23)
+    return p * bits.view(numpy.float32)
+
+
+@loop
+def _tanh_of_small(z: Any) -> Any:
+    return z + z * z * z * _MINUS_THIRD
+
+
+@loop
+def _tanh_of_middle(z: Any) -> Any:
+    w = z * z
+    return z + ((((w * _H4 + _H3) * w + _H2) * w + _H1) * w + _H0) * w * z
+
+
+@loop
+def _tanh_of_large(z: Any) -> Any:
+    t = _power_of_two(abs(z) * _MINUS_2_LOG2_E)
+    found = (_ONE - t) / (_ONE + t)
+    return found if z > 0 else -found
 
 
 @loop

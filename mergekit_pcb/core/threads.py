@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
-import torch
 
-from mergekit_pcb.core.formulas import tanh_
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.vectors import STRIP
 
@@ -25,7 +23,7 @@ Open = Mapping[int, Sequence[OrderStatistic]]
 
 
 class Room:
-    """The memory of a thread: rows of a block for each task, as numpy and torch see them.
+    """The memory of a thread: rows of a block for each task.
 
     A block has ``size`` elements, and a piece ``piece``.
     """
@@ -39,7 +37,6 @@ class Room:
         self.bits, self.extreme_bits = self.values.view("i4"), self.extremes.view("i4")
         self.products = products, products.view("i4")
         self.merged = merged, merged.view("i4")
-        self._product_rows, self._spare = list(torch.from_numpy(products)), torch.empty(size)
         self._pools = numpy.empty((0, 0), "f4")
 
     def pools(self, lines: int) -> Any:
@@ -47,11 +44,6 @@ class Room:
         if len(self._pools) < lines:
             self._pools = numpy.empty((lines, max(2 * self.size, KEPT_ELEMENTS)), "f4")
         return self._pools[:lines]
-
-    def tangents(self, count: int) -> None:
-        """Make products, of a block or what is left of one, their hyperbolic tangents."""
-        for row in self._product_rows:
-            tanh_(row[:count], scratch=self._spare[:count])
 
     @classmethod
     def of_thread(cls, tasks: int, size: int, piece: int) -> Room:

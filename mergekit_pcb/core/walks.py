@@ -17,7 +17,6 @@ from mergekit_pcb.core.kernels import (
     add,
     combine,
     magnitudes,
-    multiply,
     peaks,
     scores,
     store,
@@ -52,62 +51,50 @@ def walk_magnitudes(
 @kept_on_disk
 def walk_scores(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
-    waits: bool, tau: Any, total: Any, table: Any, values: Any, bits: Any, products: Any,
+    tau: Any, total: Any, table: Any, values: Any, bits: Any, products: Any,
     product_bits: Any, extremes: Any, most: Any, rows: Any, fences: Any, tied: Any, counts: Any,
     pools: Any, fills: Any,
-) -> tuple[int, bool]:  # fmt: skip
-    """Take the scores of elements; returns where it ended, and whether that block waits.
+) -> int:  # fmt: skip
+    """Take the scores of elements; returns where it ended, as :func:`walk_magnitudes` does.
 
-    It ends as :func:`walk_magnitudes` does, or at a block that waits until ``products`` have become
-    their hyperbolic tangents; the next call, told so, goes on with that block. ``most`` is raised
-    to the largest score of each task.
+    ``most`` is raised to the largest score of each task.
     """
     while start < end:
         count = min(values.shape[1], end - start)
-        if waits:
-            multiply(values, products, count)
-            waits = False
-        else:
-            task_vectors(base, addresses, masks, factors, first, start, tau, count)
-            add(tau, total, count)
-            if not scores(tau, total, table, values, products, product_bits, count):
-                return start, True
+        task_vectors(base, addresses, masks, factors, first, start, tau, count)
+        add(tau, total, count)
+        scores(tau, total, table, values, products, product_bits, count)
         peaks(values, bits, most, count)
         take(values, extremes, False, rows, fences, tied, counts, pools, fills, count)
         start += count
         if _full(pools, fills, values.shape[1]):
             break
-    return start, False
+    return start
 
 
 @kept_on_disk
 def walk_merge(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
-    waits: bool, tau: Any, total: Any, table: Any, values: Any, products: Any, product_bits: Any,
-    weights: Any, smallest: Any, merged: Any, merged_bits: Any, most: Any, out: Any,
-) -> tuple[int, bool]:  # fmt: skip
-    """Merge elements into ``out``, a whole tensor; ends and goes on as :func:`walk_scores` does.
+    tau: Any, total: Any, table: Any, values: Any, products: Any, product_bits: Any,
+    weights: Any, smallest: Any, merged: Any, merged_bits: Any, out: Any,
+) -> Any:  # fmt: skip
+    """Merge elements into ``out``, a whole tensor; returns the bits of the largest magnitude.
 
-    ``most`` is raised to the bits of the largest magnitude. What ``out`` cannot hold becomes
-    anything.
+    What ``out`` cannot hold becomes anything.
     """
+    most = numpy.int32(0)
     while start < end:
         count = min(values.shape[1], end - start)
-        if waits:
-            multiply(values, products, count)
-            waits = False
-        else:
-            task_vectors(base, addresses, masks, factors, first, start, tau, count)
-            add(tau, total, count)
-            if not scores(tau, total, table, values, products, product_bits, count):
-                return start, True
+        task_vectors(base, addresses, masks, factors, first, start, tau, count)
+        add(tau, total, count)
+        scores(tau, total, table, values, products, product_bits, count)
         found = combine(
             base, start, tau, values, weights, smallest, merged, total, merged_bits, count
         )
-        most[0] = max(most[0], found)
+        most = max(most, found)
         store(merged, merged_bits, out[start : start + count], count)
         start += count
-    return start, False
+    return most
 
 
 @loop
