@@ -8,6 +8,9 @@ import pytest
 from conftest import ROOT
 from transformers import LlamaForCausalLM
 
+# Behind the installed package, so that it is the one that is benchmarked.
+sys.path.append(str(ROOT))
+
 from benchmarks import scaling
 from benchmarks.measuring import alternate_commands, run_command
 
@@ -17,7 +20,7 @@ from benchmarks.measuring import alternate_commands, run_command
     [
         pytest.param(
             "kernel",
-            ["--rows", "64", "--columns", "64", "--runs", "1"],
+            ["--rows", "64", "--columns", "64", "--runs", "1", "--dtype", "float32"],
             r"\| released algorithm \|",
             marks=pytest.mark.slow,
         ),

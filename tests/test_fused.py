@@ -189,11 +189,11 @@ def test_powers_of_two_are_exact_to_a_unit_in_the_last_place():
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("kind", [*KINDS, torch.float64])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dare", [1.0, 0.3])
 @pytest.mark.parametrize("together", [True, False])
 def test_ranks_as_accelerators_find_them_give_the_same_bits(kind, dare, together, monkeypatch):
-    base, models = inputs(kind, 3000, 3)
+    base, models = inputs(kind, 600, 3)
     expected = merged(base, models, way="0", dare=dare, together=together)
     monkeypatch.setattr(ranks, "HOST", "another device")
     found = merged(base, models, way="0", dare=dare, together=together)
