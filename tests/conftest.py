@@ -27,7 +27,7 @@ def pieces(size):
                 patch.setattr(module, "POOL_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)
             patch.setattr(cells, "CELLS", 64)
-            patch.setattr(cells, "SLICE_ELEMENTS", 3 * size)
+            patch.setattr(cells, "SLICE_ELEMENTS", 10 * size)
             patch.setattr(sample, "LARGEST_SAMPLE", 16 * size)
             patch.setattr(fused, "BLOCK_ELEMENTS", size)
             patch.setattr(fused, "BLOCKS_PER_PIECE", 2)

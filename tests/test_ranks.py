@@ -73,7 +73,9 @@ def device(request):
         yield request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name", distributions(torch.float32))
 @pytest.mark.parametrize("pool", [None, 5])
 def test_equals_sorting_with_the_code_for_accelerators(name, dtype, pool, monkeypatch):
