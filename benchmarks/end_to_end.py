@@ -9,16 +9,14 @@ Makes its checkpoints (3.5 GB) in --directory once and leaves them there.
 from __future__ import annotations
 
 import pathlib
-import shutil
 import statistics
-import sys
 from typing import Any
 
 import click
 import torch
 import yaml
 
-from benchmarks.measuring import alternate_commands, machine, row
+from benchmarks.measuring import alternate_merges, machine, row
 
 OURS = "pcb"
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -76,7 +74,7 @@ def configuration(method: str, paths: list[pathlib.Path]) -> str:
 @click.command()
 @click.option("--directory", type=click.Path(path_type=pathlib.Path), default="benchmark-data")
 @click.option("--layers", default=12, show_default=True)
-@click.option("--runs", default=5, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
     "--methods", "names", multiple=True, type=click.Choice(list(PARAMETERS)), help="Default: all."
 )
@@ -88,18 +86,8 @@ def main(
     names = names or tuple(PARAMETERS)
     paths = checkpoints(directory, layers)
     parameters = sum(f.stat().st_size for f in paths[0].glob("*.safetensors")) / 2e6
-    script = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
-    if script is None:
-        raise click.ClickException("cannot find mergekit-yaml beside this Python; install mergekit")
-    out, commands = directory / "merged", dict[str, list[str]]()
-    for number, name in enumerate(names):
-        config = directory / f"benchmark-{number}.yml"
-        config.write_text(configuration(name, paths))
-        commands[name] = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet", *flags]
-    taken = alternate_commands(
-        commands, runs, before=lambda: shutil.rmtree(out, ignore_errors=True)
-    )
-    shutil.rmtree(out, ignore_errors=True)
+    configurations = {name: configuration(name, paths) for name in names}
+    taken = alternate_merges(configurations, directory, runs, flags)
     print(machine())
     print(
         f"mergekit-yaml, {parameters:.0f} M parameters in {layers} layers, {TASKS} tasks, "

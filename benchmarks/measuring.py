@@ -8,13 +8,16 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import click
 import torch
 
 import mergekit_pcb
@@ -118,6 +121,26 @@ def run_command(command: Sequence[str]) -> Taken:
             said = complaint.read().decode(errors="replace")
             raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
     return Taken(wall, most)
+
+
+def alternate_merges(
+    configurations: Mapping[str, str], directory: pathlib.Path, runs: int, flags: Sequence[str] = ()
+) -> dict[str, list[Taken]]:
+    """Whole merges of YAML by the stock command, written below a directory and removed again."""
+    script = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
+    if script is None:
+        raise click.ClickException("cannot find mergekit-yaml beside this Python; install mergekit")
+    out, commands = directory / "merged", dict[str, list[str]]()
+    for number, (name, text) in enumerate(configurations.items()):
+        config = directory / f"benchmark-{number}.yml"
+        config.write_text(text)
+        commands[name] = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet", *flags]
+    try:
+        return alternate_commands(
+            commands, runs, before=lambda: shutil.rmtree(out, ignore_errors=True)
+        )
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def alternate_commands(

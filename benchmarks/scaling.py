@@ -1,11 +1,11 @@
 """Whole merges by `mergekit-yaml` over model size, number of experts and density: time and memory.
 
-    python -m benchmarks.scaling --directory DIRECTORY     # 0.1 to 3 B parameters, half an hour
+    python -m benchmarks.scaling --runs 1     # 0.1 to 3 B parameters in --directory, 22 minutes
     python -m benchmarks.scaling --sizes 0.1 --experts 2 --densities 0.2 --runs 1
 
-Makes checkpoints of a Llama's shapes in bfloat16 (up to 24 GB) and removes each when it is done.
+Makes checkpoints of a Llama's shapes in bfloat16 (up to 25 GB) and removes them however it ends.
 Peak memory is the process's own: the pages of its input files, which any other process may have
-back, are not counted. A merge's time takes part in a line through all sizes, whose fit is printed.
+back, are not counted. How far time is from a straight line through the sizes is printed, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import pathlib
 import shutil
 import statistics
-import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import click
 import torch
 import yaml
 
-from benchmarks.measuring import alternate_commands, machine
+from benchmarks.measuring import alternate_merges, machine
 
 METHODS: dict[str, dict[str, Any]] = {
     "pcb": {"density": 0.2},
@@ -114,30 +114,25 @@ def measured(
     flags: tuple[str, ...] = (),
 ) -> Iterator[Row]:
     """Merge by each method in turn; one row each."""
-    script = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
-    if script is None:
-        raise click.ClickException("cannot find mergekit-yaml beside this Python; install mergekit")
     models = [str(directory / f"{size}" / f"expert-{expert}") for expert in range(experts)]
-    out, commands = directory / "merged", {}
-    for method, parameters in METHODS.items():
-        configuration = {
-            "merge_method": method,
-            "base_model": str(directory / f"{size}" / "base"),
-            "models": [{"model": model} for model in models],
-            "parameters": parameters | ({"density": density} if "density" in parameters else {}),
-            "dtype": "bfloat16",
-        }
-        config = directory / f"{method}.yml"
-        config.write_text(yaml.safe_dump(configuration))
-        commands[method] = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet", *flags]
-    taken = alternate_commands(
-        commands, runs, before=lambda: shutil.rmtree(out, ignore_errors=True)
-    )
+    configurations = {
+        method: yaml.safe_dump(
+            {
+                "merge_method": method,
+                "base_model": str(directory / f"{size}" / "base"),
+                "models": [{"model": model} for model in models],
+                "parameters": parameters
+                | ({"density": density} if "density" in parameters else {}),
+                "dtype": "bfloat16",
+            }
+        )
+        for method, parameters in METHODS.items()
+    }
+    taken = alternate_merges(configurations, directory, runs, flags)
     parameters_in_all = sum(torch.Size(shape).numel() for _, shape in shapes(size))
     for method, turns in taken.items():
         seconds, own = (statistics.median(values) for values in zip(*turns, strict=True))
         yield Row(parameters_in_all, experts, density, method, " ".join(flags), seconds, int(own))
-    shutil.rmtree(out, ignore_errors=True)
 
 
 def table(rows: list[Row]) -> str:
@@ -219,7 +214,7 @@ def figure(rows: list[Row], path: pathlib.Path) -> None:
 @click.option(
     "--densities", multiple=True, type=float, default=(0.05, 0.2, 0.5, 1.0), show_default=True
 )
-@click.option("--runs", default=3, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--figure", "drawn", type=click.Path(path_type=pathlib.Path), help="Draw it here.")
 def main(
     directory: pathlib.Path,
@@ -232,33 +227,32 @@ def main(
     """Print the table of scaling; experts and densities vary at the second of the sizes."""
     if unknown := set(sizes) - set(SHAPES):
         raise click.ClickException(f"no size {min(unknown)}; there are {list(SHAPES)}")
-    directory = directory / "scaling"
-    shutil.rmtree(directory, ignore_errors=True)
     sizes = tuple(sorted(sizes))
     varied, rows = sizes[min(1, len(sizes) - 1)], list[Row]()
-    for size in sizes:
-        most = max(*experts, TASKS) if size == varied else TASKS
-        need = (most + 2) * 2 * sum(torch.Size(shape).numel() for _, shape in shapes(size))
-        directory.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(directory).free) < need:
-            raise click.ClickException(
-                f"cannot make {size} B × {most} in {directory}, because it takes "
-                f"{need / 1e9:.0f} GB and {free / 1e9:.0f} are free; choose another --directory"
-            )
-        for expert in (None, *range(most)):
-            name = "base" if expert is None else f"expert-{expert}"
-            checkpoint(directory / f"{size}" / name, size, expert)
-        cases = [(TASKS, DENSITY, ())]
-        if size == varied:
-            cases += [(count, DENSITY, ()) for count in experts if count != TASKS]
-            cases += [(TASKS, density, ()) for density in densities if density != DENSITY]
-        if size == sizes[-1]:
-            cases.append((TASKS, DENSITY, ("--lazy-unpickle",)))
-        for count, density, flags in cases:
-            rows += measured(directory, size, count, density, runs, flags)
-            click.echo(f"{rows[-2]}\n{rows[-1]}", err=True)
-        shutil.rmtree(directory / f"{size}")
-    shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scaling-", dir=directory) as own:
+        directory = pathlib.Path(own)
+        for size in sizes:
+            most = max(*experts, TASKS) if size == varied else TASKS
+            need = (most + 2) * 2 * sum(torch.Size(shape).numel() for _, shape in shapes(size))
+            if (free := shutil.disk_usage(directory).free) < need:
+                raise click.ClickException(
+                    f"cannot make {size} B × {most} in {directory}, because it takes "
+                    f"{need / 1e9:.0f} GB and {free / 1e9:.0f} are free; choose another --directory"
+                )
+            for expert in (None, *range(most)):
+                name = "base" if expert is None else f"expert-{expert}"
+                checkpoint(directory / f"{size}" / name, size, expert)
+            cases = [(TASKS, DENSITY, ())]
+            if size == varied:
+                cases += [(count, DENSITY, ()) for count in experts if count != TASKS]
+                cases += [(TASKS, density, ()) for density in densities if density != DENSITY]
+            if size == sizes[-1]:
+                cases.append((TASKS, DENSITY, ("--lazy-unpickle",)))
+            for count, density, flags in cases:
+                rows += measured(directory, size, count, density, runs, flags)
+                click.echo(f"{rows[-2]}\n{rows[-1]}", err=True)
+            shutil.rmtree(directory / f"{size}")
     print(machine())
     print(f"mergekit-yaml, bfloat16, median of {runs} alternating runs of the whole command\n")
     print(table(rows))

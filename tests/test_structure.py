@@ -302,6 +302,14 @@ def test_arrows_run_downwards_and_in_no_circle():
             del left[room]
 
 
+def test_compiled_code_is_named_by_all_that_it_is_made_from():
+    """Or an old compilation would outlive a change of what it came from."""
+    from mergekit_pcb.core import intrinsics
+
+    made_from = COMPILED.union(*(ARROWS[room] for room in COMPILED))
+    assert {f"core.{name}" for name in intrinsics._SOURCES} == made_from
+
+
 @pytest.mark.parametrize("room", sorted(room for room in ARROWS if room.startswith("core.")))
 def test_the_mathematics_knows_torch_and_numpy_alone(room):
     import sys

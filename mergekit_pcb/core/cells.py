@@ -66,14 +66,14 @@ class Cells:
         low, high = self._fences
         for part in torch.split(values, SLICE_ELEMENTS):
             cells = (_pattern(part) >> self._shift) - self._origin
+            spare = _spare(len(part), part.device) + self._cells
             if low is not None:
                 above = part > low
                 self._beside[0] += len(part) - torch.count_nonzero(above)
                 if tied:
                     self._beside[1] += torch.count_nonzero(part < low)
-                cells = torch.where(above, cells, _spare(len(part), part.device) + self._cells)
+                cells = torch.where(above, cells, spare)
             if high is not None:
-                spare = _spare(len(part), part.device) + self._cells
                 cells = torch.where(part < high, cells, spare)
             self._counts.scatter_add_(0, cells, torch.ones_like(cells))
 

@@ -36,8 +36,6 @@ _MIDDLE, _MINUS_2_LOG2_E = numpy.float32(MIDDLE), numpy.float32(-2 * LOG2_E)
 _SMALL, _MINUS_THIRD = numpy.float32(SMALL), numpy.float32(-1 / 3)
 _ZERO, _ONE = numpy.float32(0), numpy.float32(1)
 _MAGNITUDE = numpy.int32(0x7FFFFFFF)
-# Values of a strip between two fences, rarely more.
-USUAL = 3
 _ALL = numpy.uint64(2**64 - 1)
 
 
