@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from mergekit_pcb.core import cells, fused, ranks, sample, vectors
+from mergekit_pcb.core import cells, fused, ranks, sample, threads, vectors
+from mergekit_pcb.core.vectors import STRIP
 
 # The compiled loops run in the tests' small merges, too; test_fused.py runs both ways.
 os.environ.setdefault(fused.SWITCH, "1")
@@ -29,8 +30,10 @@ def pieces(size):
             patch.setattr(cells, "CELLS", 64)
             patch.setattr(cells, "SLICE_ELEMENTS", 10 * size)
             patch.setattr(sample, "LARGEST_SAMPLE", 16 * size)
-            patch.setattr(fused, "BLOCK_ELEMENTS", size)
-            patch.setattr(fused, "BLOCKS_PER_PIECE", 2)
+            patch.setattr(fused, "BLOCK_ELEMENTS", -(-size // STRIP) * STRIP)
+            for name in ("SMALLEST_PIECE", "LARGEST_PIECE"):
+                patch.setattr(fused, name, 10 * size)
+            patch.setattr(threads, "KEPT_ELEMENTS", 4 * size)
         yield
 
 

@@ -252,7 +252,7 @@ def test_a_statistic_takes_counts_between_older_fences():
 
 def test_an_error_in_a_thread_ends_the_walk(monkeypatch):
     base, models = inputs(torch.float32, 400_000, 2)
-    monkeypatch.setattr(fused, "BLOCKS_PER_PIECE", 1)
+    monkeypatch.setattr(fused, "LARGEST_PIECE", 1 << 13)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     own = threading.current_thread()
     found = fused.Fused(Aligned.of("w", base, models), fused.compiled(torch.float32))

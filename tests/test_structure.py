@@ -40,7 +40,7 @@ ARROWS = {
     "core.vectors": {"core.dare"},
     "core.intrinsics": {"core.vectors"},
     "core.kernels": {"core.formulas", "core.intrinsics", "core.vectors"},
-    "core.walks": {"core.intrinsics", "core.kernels"},
+    "core.walks": {"core.intrinsics", "core.kernels", "core.ranks", "core.vectors"},
     "core.philox": {"core.intrinsics", "core.vectors"},
     "core.threads": {"core.ranks", "core.vectors"},
     "core.fused": {

@@ -13,12 +13,13 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
 import torch
 
-from mergekit_pcb.core import dare
+from mergekit_pcb.core import dare, ranks
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.threads import Lines, Open, Room
@@ -27,11 +28,13 @@ from mergekit_pcb.core.vectors import STRIP, Aligned
 LOG = logging.getLogger(__name__)
 #: The environment variable that turns compiled loops off (``0``), or on for tensors of any size.
 SWITCH = "MERGEKIT_PCB_COMPILED"
-# Rows of so many elements and tasks fit into a core's second cache, with what is made of them.
-BLOCK_ELEMENTS = 1 << 13
-BLOCK_TASKS = 8
-# Enough for a thread that calling the loops costs nothing beside them.
-BLOCKS_PER_PIECE = 32
+# What is made of so many elements of a few tasks fits into a core's first cache; whole strips.
+BLOCK_ELEMENTS = 1 << 8
+# Elements of the pieces that threads take: so many that calling the loops costs nothing beside
+# them, and no more than leaves each thread some pieces of a tensor.
+SMALLEST_PIECE = 1 << 15
+LARGEST_PIECE = 1 << 18
+PIECES_PER_THREAD = 8
 # Elements of a tensor below which torch's own operations are as good.
 SMALLEST = 1 << 12
 # Elements from which on loading the loops, most of a second, pays (compiling them takes some more,
@@ -72,6 +75,7 @@ def compiled(kind: torch.dtype) -> Any:
         from mergekit_pcb.core import philox, walks
 
         _rehearse(walks, kind)
+        _rehearse_ranks(walks)
         _rehearse_masks(philox)
     except Exception as error:
         said = " ".join(str(error).split())[:200]
@@ -84,22 +88,34 @@ def compiled(kind: torch.dtype) -> Any:
         )
         return None
     _ready.add(kind)
-    dare.compare = philox.against
+    dare.compare, ranks.look = philox.against, walks.between
     return walks
 
 
 def _rehearse(walks: Any, kind: torch.dtype) -> None:
     base = torch.linspace(-1, 1, 4 * STRIP).to(kind)
     tasks = [base * 1.5, base * 0.75]
-    fused = Fused(Aligned.of("", base, tasks), walks)
-    middle, both = OrderStatistic(len(base) // 2, len(base)), [Balance(0.0, 1.0, 0.0, 1.0)] * 2
-    magnitudes = (tasks[0].float() - base.float()).abs()
-    right = fused.magnitudes({0: [middle]}) == float(magnitudes.max())
-    right &= middle.settle() == float(magnitudes.sort().values[len(base) // 2])
+    mask = dare.Mask(dare.Dare(0.5, 0, 0), "", len(base))
+    fused = Fused(replace(Aligned.of("", base, tasks), masks=(mask, None)), walks)
+    tau, both = tasks[0].float() - base.float(), [Balance(0.0, 1.0, 0.0, 1.0)] * 2
+    magnitudes = mask.apply_(tau, 0, torch.empty_like(tau)).abs()
+    upper = OrderStatistic(3 * len(base) // 4, len(base))
+    right = fused.magnitudes({0: [upper]}) == float(magnitudes.max())
+    right &= upper.settle() == float(magnitudes.sort().values[upper.rank])
     scores = fused.scores({}, both)
     right &= scores[0] > 0 and fused.merge(both, 2, [-1.0, -1.0], torch.empty_like(base))
     if not right:
         raise RuntimeError("compiled code gives wrong numbers")
+
+
+def _rehearse_ranks(walks: Any) -> None:
+    values = numpy.linspace(0, 1, 3 * STRIP + 1, dtype="f4")
+    given = values, float(values[9]), float(values[-9])
+    for ours, theirs in zip(
+        walks.between(*given, tied=True), ranks.between(*given, tied=True), strict=True
+    ):
+        if not numpy.array_equal(ours, theirs):
+            raise RuntimeError("compiled code counts wrong")
 
 
 def _rehearse_masks(philox: Any) -> None:
@@ -118,8 +134,6 @@ class Fused:
         self._addresses = numpy.array([task.data_ptr() for task in aligned.tasks], "i8")
         factors = [0 if mask is None else 1 / mask.density for mask in aligned.masks]
         self._factors = numpy.array(factors, "f4")
-        elements = BLOCK_ELEMENTS * BLOCK_TASKS // max(BLOCK_TASKS, self._count)
-        self._block = max(1, elements // STRIP) * STRIP
 
     def magnitudes(self, open_: Open) -> float:
         """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
@@ -127,7 +141,7 @@ class Fused:
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = lines.tally(room)
-            own = room.tau, room.values, room.bits, room.extremes, room.extreme_bits
+            own = room.tau, room.values, room.bits
             for first, end in pieces:
                 inputs, start = self._inputs(room, first, end), first
                 while start < end:
@@ -149,16 +163,7 @@ class Fused:
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = lines.tally(room)
             most = numpy.full(self._count, -math.inf, "f4")
-            own = (
-                room.tau,
-                room.total,
-                table,
-                room.values,
-                room.bits,
-                *room.products,
-                room.extremes,
-                most,
-            )
+            own = room.tau, room.total, table, room.values, room.bits, *room.products, most
             for first, end in pieces:
                 inputs, start = self._inputs(room, first, end), first
                 while start < end:
@@ -207,13 +212,16 @@ class Fused:
         """What the loops read of a piece; masks are given as bits."""
         for task, mask in enumerate(self._aligned.masks):
             if mask is not None:
-                packed, _ = mask.packed(first, end - first)  # pieces begin at whole bytes
+                packed, _ = mask.packed(first, end - first)
                 room.masks[task, : len(packed)] = packed
         return self._base, self._addresses, room.masks, self._factors, first
 
     def _walk(self, work: Callable[[Room, Iterator[tuple[int, int]]], None]) -> None:
         """Let threads do the work, each on the pieces that it gets hold of."""
-        total, size = len(self._aligned), self._block * BLOCKS_PER_PIECE
+        total, threads = len(self._aligned), torch.get_num_threads()
+        share = -(-total // (threads * PIECES_PER_THREAD))
+        # Whole blocks, so that pieces begin at whole bytes of masks.
+        size = -(-min(max(share, SMALLEST_PIECE), LARGEST_PIECE) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
         starts = iter(range(0, total, size))  # next() is one step for threads
         stopped = threading.Event()
 
@@ -224,9 +232,9 @@ class Fused:
                 yield start, min(start + size, total)
 
         def run() -> None:
-            work(Room.of_thread(self._count, self._block, size), pieces())
+            room = Room.of_thread(self._count, BLOCK_ELEMENTS, LARGEST_PIECE + BLOCK_ELEMENTS)
+            work(room, pieces())
 
-        threads = torch.get_num_threads()
         helpers = min(threads, -(-total // size)) - 1
         others = [dare.pool("walks", threads).submit(run) for _ in range(helpers)]
         try:

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, overload
 from mergekit_pcb.core.vectors import STRIP
 
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
-_SOURCES = "formulas", "intrinsics", "kernels", "philox", "vectors", "walks"
+_SOURCES = "formulas", "intrinsics", "kernels", "philox", "ranks", "vectors", "walks"
 
 
 def _digest() -> str:
@@ -77,10 +77,7 @@ def _lanes(comparison: str, kind: Any, bits: Any) -> Any:
             taken = builder.load(
                 builder.bitcast(place, vector.as_pointer()), align=kind.bitwidth // 8
             )
-            first = ir.Constant(ir.IntType(32), 0)
-            lone = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], first)
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), STRIP), [0] * STRIP)
-            fence = builder.shuffle_vector(lone, ir.Constant(vector, ir.Undefined), lanes)
+            fence = _all(builder, arguments[2], vector)
             compares = builder.fcmp_ordered if kind == types.float32 else builder.icmp_unsigned
             return builder.bitcast(compares(comparison, taken, fence), ir.IntType(STRIP))
 
@@ -91,6 +88,38 @@ def _lanes(comparison: str, kind: Any, bits: Any) -> Any:
 
 above, below = (_lanes(sign, types.float32, ir.FloatType()) for sign in "><")
 words_below, words_equal = (_lanes(sign, types.uint16, ir.IntType(16)) for sign in ("<", "=="))
+
+
+@intrinsic
+def thin_strip(_context, values, start, packed, byte, factor):
+    """Multiply 64 values from a place on by a factor, and by one or zero as bits say; add zero.
+
+    The bits are those of eight bytes from a place on, lowest first.
+    """
+
+    def generate(context, builder, signature, arguments):
+        memory, masks = (
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in zip(signature.args[:4:2], arguments[:4:2], strict=True)
+        )
+        vector = ir.VectorType(ir.FloatType(), STRIP)
+        place = builder.bitcast(builder.gep(memory, [arguments[1]]), vector.as_pointer())
+        word = builder.bitcast(builder.gep(masks, [arguments[3]]), ir.IntType(STRIP).as_pointer())
+        kept = builder.bitcast(builder.load(word, align=1), ir.VectorType(ir.IntType(1), STRIP))
+        one, zero = (ir.Constant(vector, [number] * STRIP) for number in (1.0, 0.0))
+        scaled = builder.fmul(builder.load(place, align=4), _all(builder, arguments[4], vector))
+        thinned = builder.fadd(builder.fmul(scaled, builder.select(kept, one, zero)), zero)
+        builder.store(thinned, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, packed, types.intp, types.float32), generate
+
+
+def _all(builder: Any, number: Any, vector: Any) -> Any:
+    """A vector of one number."""
+    nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(builder.insert_element(nothing, number, first), nothing, lanes)
 
 
 @intrinsic

@@ -25,8 +25,18 @@ from mergekit_pcb.core.formulas import (
     ROUNDING,
     SMALL,
 )
-from mergekit_pcb.core.intrinsics import above, below, first_of, loop, narrow, ones, read, wide
-from mergekit_pcb.core.vectors import STRIP
+from mergekit_pcb.core.intrinsics import (
+    above,
+    below,
+    first_of,
+    loop,
+    narrow,
+    ones,
+    read,
+    thin_strip,
+    wide,
+)
+from mergekit_pcb.core.vectors import AT_ONCE, STRIP
 
 # Numbers of no precision of their own would be of float64.
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(numpy.float32, POWER_OF_TWO)
@@ -84,52 +94,39 @@ def add(tau: Any, total: Any, count: int) -> None:
 
 @loop
 def thin(tau: Any, packed: Any, factor: Any, count: int) -> None:
-    """DARE in place: ``packed`` holds eight bits a byte, lowest first, and whole words of 32."""
-    for start in range(0, count, 32):  # bits, which compilers spread over the lanes of vectors
-        bits = numpy.uint32(0)
-        for byte in range(4):
-            shift = numpy.uint32(8 * byte)
-            bits = numpy.uint32(bits | (numpy.uint32(packed[start // 8 + byte]) << shift))
-        part = tau[start : min(start + 32, count)]
-        for i in range(len(part)):
-            kept = numpy.float32(numpy.int32((bits >> numpy.uint32(i)) & numpy.uint32(1)))
-            part[i] = part[i] * factor * kept + _ZERO
+    """DARE in place: ``packed`` holds eight bits a byte, lowest first.
+
+    Both have room for whole strips, whatever the last one holds beyond ``count``.
+    """
+    for start in range(0, count, STRIP):
+        thin_strip(tau, start, packed, start // 8, factor)
 
 
 @loop
-def magnitudes(tau: Any, out: Any, bits: Any, extremes: Any, count: int) -> Any:
+def magnitudes(tau: Any, out: Any, bits: Any, count: int) -> Any:
     """``|τ|`` of all tasks, and the bits of the largest.
 
-    ``extremes`` takes the bits of the least and of the largest of every strip. Those of NaN are
-    above those of infinity, and those above all numbers'.
+    Those of NaN are above those of infinity, and those above all numbers'.
     """
     largest = numpy.int32(0)
     for task in range(len(tau)):
         for i in range(count):
             out[task, i] = abs(tau[task, i])
-        for start in range(0, count, STRIP):
-            part = bits[task, start : min(start + STRIP, count)]
-            least, most = part[0], part[0]
-            for i in range(len(part)):
-                least, most = min(least, part[i]), max(most, part[i])
-            extremes[task, start // STRIP, 0] = least
-            extremes[task, start // STRIP, 1] = most
-            largest = max(largest, most)
+        for i in range(count):
+            largest = max(largest, bits[task, i])
     return largest
 
 
 @loop
 def take(
-    values: Any, extremes: Any, skips: bool, rows: Any, fences: Any, tied: Any, counts: Any,
-    pools: Any, fills: Any, count: int,
-) -> None:  # fmt: skip
+    values: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any, fills: Any, count: int
+) -> None:
     """Count the values below fences, and keep those between them.
 
     Line ``k`` looks at row ``rows[k]`` between ``fences[k]``: ``counts[k]`` grows by how many are
     at most and, where ``tied`` says so, how many are less than the lower one; ``pools[k]`` from
-    ``fills[k]`` on takes those strictly between, and has room for them. A row has room for whole
-    strips, whatever the last one holds beyond ``count``. Where it ``skips``, ``extremes`` are the
-    least and the largest of every strip, most of which lie on one side of both fences.
+    ``fills[k]`` on takes those strictly between, and has room for them and for ``AT_ONCE`` more. A
+    row has room for whole strips, whatever the last one holds beyond ``count``.
     """
     for k in range(len(rows)):
         row, low, high, counts_ties = rows[k], fences[k, 0], fences[k, 1], tied[k]
@@ -137,13 +134,6 @@ def take(
         fill = fills[k]
         for start in range(0, count, STRIP):
             length = min(STRIP, count - start)
-            if skips:
-                if extremes[row, start // STRIP, 1] < low:
-                    at_most += length
-                    less += length
-                    continue
-                if extremes[row, start // STRIP, 0] >= high:
-                    continue
             place = row * values.shape[1] + start
             valid = numpy.uint64(_ALL >> numpy.uint64(STRIP - length))
             beyond = numpy.uint64(above(values, place, low) & valid)
@@ -151,13 +141,26 @@ def take(
             if counts_ties:
                 less += numpy.int64(ones(numpy.uint64(below(values, place, low) & valid)))
             inside = numpy.uint64(beyond & below(values, place, high))
-            while inside:
-                pools[k, fill] = values[row, start + numpy.int64(first_of(inside))]
-                inside = numpy.uint64(inside & numpy.uint64(inside - numpy.uint64(1)))
-                fill += 1
+            fill = keep(values, place, inside, pools[k], fill)
         counts[k, 0] += at_most
         counts[k, 1] += less
         fills[k] = fill
+
+
+@loop
+def keep(values: Any, place: int, inside: Any, out: Any, fill: int) -> int:
+    """Write the values of a strip whose bits are set to ``out``, which has room for a few more.
+
+    Returns how far it is filled.
+    """
+    end = fill + numpy.int64(ones(inside))
+    while True:  # a processor foresees that one turn will do, but not how many values
+        for _ in range(AT_ONCE):
+            out[fill] = read(values.ctypes.data, place + numpy.int64(first_of(inside)), values)
+            inside = numpy.uint64(inside & numpy.uint64(inside - numpy.uint64(1)))
+            fill += 1
+        if fill >= end:
+            return end
 
 
 @loop

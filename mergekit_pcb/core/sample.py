@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import torch
 
-from mergekit_pcb.core.ranks import POOL_ELEMENTS, at_ranks, neighbour
+from mergekit_pcb.core.ranks import POOL_ELEMENTS, at_ranks, neighbour, places
 from mergekit_pcb.core.vectors import Aligned
 
 # Elements of each task in the sample that guesses where thresholds lie: a share of the two-thirds
@@ -20,8 +20,6 @@ from mergekit_pcb.core.vectors import Aligned
 # answer.
 SAMPLE_SHARE = 0.35
 LARGEST_SAMPLE = 1 << 20
-# A guess misses about once in 16 000 times.
-SAMPLE_DEVIATIONS = 4.0
 
 
 class Guess(TypedDict, total=False):
@@ -68,15 +66,12 @@ class Sample:
         """
         if values is None:
             return [{} for _ in ranks]
-        size, places = values.numel(), list[tuple[int, int]]()
-        for rank in ranks:
-            share = rank / self._count
-            margin = SAMPLE_DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
-            places.append((math.floor(share * size - margin), math.ceil(share * size + margin)))
-        wanted = sorted({place for both in places for place in both if 0 <= place < size})
+        size = values.numel()
+        ends = [places(rank, self._count, size) for rank in ranks]
+        wanted = sorted({place for both in ends for place in both if 0 <= place < size})
         at = dict(zip(wanted, at_ranks(values, wanted), strict=True))
         guesses: list[Guess] = []
-        for first, last in places:
+        for first, last in ends:
             guess: Guess = {}
             if first >= 0:
                 low = at[first]

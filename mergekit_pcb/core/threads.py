@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from mergekit_pcb.core.ranks import OrderStatistic
-from mergekit_pcb.core.vectors import STRIP
+from mergekit_pcb.core.vectors import AT_ONCE
 
 # Values that a line keeps before they are given to its statistic.
 KEPT_ELEMENTS = 1 << 14
@@ -25,24 +25,23 @@ Open = Mapping[int, Sequence[OrderStatistic]]
 class Room:
     """The memory of a thread: rows of a block for each task.
 
-    A block has ``size`` elements, and a piece ``piece``.
+    A block has ``size`` elements, and a piece ``piece`` at most.
     """
 
     def __init__(self, tasks: int, size: int, piece: int) -> None:
         self.size, self.piece = size, piece
         self.tau, self.values, products = numpy.empty((3, tasks, size), "f4")
         self.total, merged = numpy.empty((2, size), "f4")
-        self.extremes = numpy.empty((tasks, size // STRIP, 2), "f4")
         self.masks = numpy.zeros((tasks, piece // 8), "u1")
-        self.bits, self.extreme_bits = self.values.view("i4"), self.extremes.view("i4")
+        self.bits = self.values.view("i4")
         self.products = products, products.view("i4")
         self.merged = merged, merged.view("i4")
         self._pools = numpy.empty((0, 0), "f4")
 
     def pools(self, lines: int) -> Any:
-        """Memory for what each of so many lines keeps, two blocks at least."""
+        """Memory for what each of so many lines keeps, more than a block."""
         if len(self._pools) < lines:
-            self._pools = numpy.empty((lines, max(2 * self.size, KEPT_ELEMENTS)), "f4")
+            self._pools = numpy.empty((lines, KEPT_ELEMENTS + self.size + AT_ONCE), "f4")
         return self._pools[:lines]
 
     @classmethod
@@ -70,7 +69,7 @@ class Tally:
     """What one thread has seen since it last gave it to the statistics."""
 
     def __init__(self, lines: Lines, room: Room) -> None:
-        self._lines, self._size = lines, room.size
+        self._lines = lines
         count = len(lines.statistics)
         self._counts = numpy.zeros((count, 2), numpy.int64)
         self._fills = numpy.zeros(count, numpy.int64)
@@ -96,7 +95,7 @@ class Tally:
     def saw(self, count: int) -> None:
         """So many elements more were shown to every line."""
         self._seen += count
-        if self._fills.max(initial=0) + self._size > self._pools.shape[1]:
+        if self._fills.max(initial=0) > KEPT_ELEMENTS:
             self.give()
 
     def give(self) -> None:

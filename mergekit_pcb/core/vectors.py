@@ -22,6 +22,8 @@ CPU_CHUNK_ELEMENTS = 1 << 18
 CPU_THREADS_PER_CHUNK = 8
 # Values that compiled loops look at together, by vectors, before they do one by one.
 STRIP = 64
+# Values of a strip that they keep without looking how many there are to be kept.
+AT_ONCE = 4
 # Large enough to keep an accelerator busy and to make the waits for it rare (64 MiB each).
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 # A chunk's task vectors are needed twice, for their sum and for themselves. So many are

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy
 
-from mergekit_pcb.core.intrinsics import kept_on_disk, loop
+from mergekit_pcb.core import ranks
+from mergekit_pcb.core.intrinsics import above, below, kept_on_disk, loop, ones
 from mergekit_pcb.core.kernels import (
     add,
     combine,
+    keep,
     magnitudes,
     peaks,
     scores,
@@ -23,13 +25,14 @@ from mergekit_pcb.core.kernels import (
     take,
     task_vectors,
 )
+from mergekit_pcb.core.vectors import AT_ONCE, STRIP
 
 
 @kept_on_disk
 def walk_magnitudes(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
-    tau: Any, values: Any, bits: Any, extremes: Any, extreme_bits: Any, rows: Any, fences: Any,
-    tied: Any, counts: Any, pools: Any, fills: Any,
+    tau: Any, values: Any, bits: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any,
+    fills: Any,
 ) -> tuple[int, Any]:  # fmt: skip
     """Take the magnitudes of elements; returns where it ended, and the bits of the largest.
 
@@ -40,8 +43,8 @@ def walk_magnitudes(
     while start < end:
         count = min(values.shape[1], end - start)
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
-        largest = max(largest, magnitudes(tau, values, bits, extreme_bits, count))
-        take(values, extremes, True, rows, fences, tied, counts, pools, fills, count)
+        largest = max(largest, magnitudes(tau, values, bits, count))
+        take(values, rows, fences, tied, counts, pools, fills, count)
         start += count
         if _full(pools, fills, values.shape[1]):
             break
@@ -52,8 +55,8 @@ def walk_magnitudes(
 def walk_scores(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
     tau: Any, total: Any, table: Any, values: Any, bits: Any, products: Any,
-    product_bits: Any, extremes: Any, most: Any, rows: Any, fences: Any, tied: Any, counts: Any,
-    pools: Any, fills: Any,
+    product_bits: Any, most: Any, rows: Any, fences: Any, tied: Any, counts: Any, pools: Any,
+    fills: Any,
 ) -> int:  # fmt: skip
     """Take the scores of elements; returns where it ended, as :func:`walk_magnitudes` does.
 
@@ -65,7 +68,7 @@ def walk_scores(
         add(tau, total, count)
         scores(tau, total, table, values, products, product_bits, count)
         peaks(values, bits, most, count)
-        take(values, extremes, False, rows, fences, tied, counts, pools, fills, count)
+        take(values, rows, fences, tied, counts, pools, fills, count)
         start += count
         if _full(pools, fills, values.shape[1]):
             break
@@ -97,9 +100,41 @@ def walk_merge(
     return most
 
 
+@kept_on_disk
+def _between(values: Any, low: Any, high: Any, counts_ties: bool, kept: Any) -> Any:
+    at_most = less = numpy.int64(0)
+    whole = len(values) // STRIP * STRIP
+    fill = 0
+    for start in range(0, whole, STRIP):
+        beyond = above(values, start, low)
+        at_most += STRIP - numpy.int64(ones(beyond))
+        if counts_ties:
+            less += numpy.int64(ones(below(values, start, low)))
+        inside = numpy.uint64(beyond & below(values, start, high))
+        fill = keep(values, start, inside, kept, fill)
+    for value in values[whole:]:
+        at_most += value <= low
+        less += value < low
+        kept[fill] = value
+        fill += low < value < high
+    return at_most, less, fill
+
+
+def between(
+    values: Any, low: float | None, high: float | None, *, tied: bool
+) -> tuple[int, int, Any]:
+    """As that of ``ranks.py``, which it leaves to what has one fence or is not in float32."""
+    if low is None or high is None or values.dtype != numpy.float32:
+        return ranks.between(values, low, high, tied=tied)
+    kept = numpy.empty(len(values) + AT_ONCE, "f4")
+    fences = numpy.float32(low), numpy.float32(high)
+    at_most, less, fill = _between(values, *fences, tied, kept)
+    return at_most, less, kept[:fill].copy()
+
+
 @loop
 def _full(pools: Any, fills: Any, size: int) -> bool:
     full = False
     for k in range(len(fills)):
-        full |= fills[k] + size > pools.shape[1]
+        full |= fills[k] + size + AT_ONCE > pools.shape[1]
     return full
