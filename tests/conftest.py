@@ -24,8 +24,8 @@ def pieces(size):
         if size is not None:
             patch.setattr(vectors, "CPU_CHUNK_ELEMENTS", size)
             patch.setattr(vectors, "CPU_THREADS_PER_CHUNK", 1024)
-            for module in (ranks, sample):
-                patch.setattr(module, "POOL_ELEMENTS", 8 * size)
+            patch.setattr(ranks, "POOL_ELEMENTS", 8 * size)
+            patch.setattr(sample, "FEW_ELEMENTS", 8 * size)
             patch.setattr(ranks, "LARGEST_POOL", 64 * size)
             patch.setattr(cells, "CELLS", 64)
             patch.setattr(cells, "SLICE_ELEMENTS", 10 * size)

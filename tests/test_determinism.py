@@ -68,8 +68,8 @@ def test_a_guess_never_changes_the_bits(guess, compiled):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     kept = merge(tensors, density=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ranks, sample):
-            patch.setattr(module, "POOL_ELEMENTS", 1000)
+        patch.setattr(ranks, "POOL_ELEMENTS", 1000)
+        patch.setattr(sample, "FEW_ELEMENTS", 1000)
         patch.setattr(ranks, "LARGEST_POOL", 20_000)
         patch.setattr(vectors, "CPU_CHUNK_ELEMENTS", 50_000)
         patch.setenv(fused.SWITCH, compiled)
@@ -78,19 +78,19 @@ def test_a_guess_never_changes_the_bits(guess, compiled):
         assert torch.equal(merge(tensors, density=0.2), kept)
 
 
-def test_the_sample_spares_a_third_pass(monkeypatch):
+@pytest.mark.parametrize("dare_density", [1.0, 0.5])
+def test_the_sample_spares_a_third_pass(monkeypatch, dare_density):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     aligned = vectors.Aligned.of("w", tensors[0], tensors[1:])
     passes = []
-    monkeypatch.setattr(sample, "POOL_ELEMENTS", 1000)
+    monkeypatch.setattr(sample, "FEW_ELEMENTS", 1000)
 
     def start_pass():
         passes.append("pass")
         return [aligned]
 
-    measure.measure(
-        start_pass, len(aligned), measure.Recipe((0.2,) * 3, 1e-4, (None,) * 3), torch.float32
-    )
+    recipe = measure.Recipe.of([0.2] * 3, 1e-4, [dare_density] * 3, 0, range(3))
+    measure.measure(start_pass, len(aligned), recipe, torch.float32)
     assert len(passes) == 2
 
 

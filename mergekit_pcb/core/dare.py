@@ -82,13 +82,6 @@ class Mask:
         zero = _zero(tau.dtype, tau.device)
         return torch.addcmul(zero, tau, scratch, value=1 / self._dare.density, out=tau)
 
-    def apply_to_sample_(self, tau: torch.Tensor, start: int, step: int) -> torch.Tensor:
-        """The same where ``tau`` holds every ``step``-th element from ``start`` on."""
-        packed, _ = self.packed(0, self._count)
-        places = numpy.arange(start, start + len(tau) * step, step)
-        kept = torch.from_numpy((packed[places >> 3] >> (places & 7).astype("u1")) & 1)
-        return tau.mul_(1 / self._dare.density).mul_(kept.to(tau)).add_(0)
-
     def packed(self, start: int, count: int) -> tuple[Any, int]:
         """The bits of some elements, eight to a byte, lowest first, after so many others."""
         first, end = start // 8 * 8, start + count

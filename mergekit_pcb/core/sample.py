@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import torch
 
-from mergekit_pcb.core.ranks import POOL_ELEMENTS, at_ranks, neighbour, places
+from mergekit_pcb.core.ranks import at_ranks, neighbour, places
 from mergekit_pcb.core.vectors import Aligned
 
 # Elements of each task in the sample that guesses where thresholds lie: a share of the two-thirds
@@ -20,6 +20,8 @@ from mergekit_pcb.core.vectors import Aligned
 # answer.
 SAMPLE_SHARE = 0.35
 LARGEST_SAMPLE = 1 << 20
+# Up to so many elements it is quicker to keep all values than to guess.
+FEW_ELEMENTS = 1 << 15
 
 
 class Guess(TypedDict, total=False):
@@ -43,15 +45,15 @@ class Sample:
 
     def take(self, aligned: Aligned) -> None:
         """Take what is due of a tensor's elements, unless all of the scope have passed."""
-        # Of a few, every value is kept anyway.
-        if self._count <= POOL_ELEMENTS or self._passed >= self._count:
+        if self._count <= FEW_ELEMENTS or self._passed >= self._count:
             return
         start = -self._passed % self._step
         base = aligned.base[start :: self._step].to(self._dtype)
         taken = [task[start :: self._step].to(self._dtype) - base for task in aligned.tasks]
         for tau, mask in zip(taken, aligned.masks, strict=True):
-            if mask is not None:
-                mask.apply_to_sample_(tau, start, self._step)
+            if mask is not None and len(tau):
+                # The first bits instead of their own: drawing those would be drawing all.
+                mask.apply_(tau, 0, torch.empty_like(tau))
         self._parts.append(taken)
         self._passed += len(aligned)
 
