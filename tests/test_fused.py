@@ -15,7 +15,7 @@ from mergekit_pcb.core import dare, fused, kernels, measure, merge, philox, rank
 from mergekit_pcb.core.formulas import MIDDLE, POWER_OF_TWO, SMALL, Balance, power_of_two_, tanh_
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, Recipe
 from mergekit_pcb.core.ranks import OrderStatistic
-from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.core.vectors import Aligned, Scratch
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -80,6 +80,23 @@ def test_the_bits_of_large_tensors_on_several_threads(kind, size, together):
         assert_same(base, models, together=together)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dare", [1.0, 0.3])
+@pytest.mark.parametrize("begin", [0, 24, 13])
+def test_the_bits_of_a_part_of_the_merged_task_vector(kind, dare, begin, monkeypatch):
+    base, models = inputs(kind, 10_000, 3)
+    statistics, _ = merged(base, models, way="0", dare=dare)
+    aligned = Aligned.of("w", base, models).under(statistics.dare)
+    found = []
+    for way in "01":
+        monkeypatch.setenv(fused.SWITCH, way)
+        chunks = aligned.chunks(Scratch(torch.float32), begin, 9_001)
+        parts = [merge.delta(chunk, statistics, [1.0, 0.5, -0.25]).clone() for chunk in chunks]
+        found.append(torch.cat(parts).view(torch.int32))
+    assert len(found[0]) == 9_001 - begin
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -184,23 +184,53 @@ class Fused:
 
         ``out`` has the inputs' dtype.
         """
-        table = self._intervals(balances, tasks)
-        rows = [
-            (b.low, b.high, b.threshold, b.peak - b.threshold, factor, not b.silent)
-            for b, factor in zip(balances, factors, strict=True)
-        ]
-        weights, smallest = numpy.array(rows, "f4"), numpy.float32(SMALLEST_DIVISOR)
+        weights = self._weights(balances, tasks, factors)
         written, largest = _bits(out), [0]
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
-            own = room.tau, room.total, table, room.values, *room.products, weights, smallest
+            own = self._scored(room, *weights)
             for first, end in pieces:
-                inputs = self._inputs(room, first, end)
-                given = *inputs, first, end, *own, *room.merged, written
+                given = *self._inputs(room, first, end), first, end, *own, *room.merged, written
                 largest.append(self._loops.walk_merge(*given))
 
         self._walk(work)
         return _number(max(largest)) <= torch.finfo(out.dtype).max
+
+    def delta(
+        self,
+        balances: Sequence[Balance],
+        tasks: int,
+        factors: Sequence[float],
+        begin: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Write ``Σ_i factor_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of elements from ``begin`` on.
+
+        ``out`` is in float32, as long as there are elements, and ``begin`` a multiple of 8.
+        """
+        weights, written = self._weights(balances, tasks, factors), out.numpy()
+
+        def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
+            own = self._scored(room, *weights)
+            for first, end in pieces:
+                given = *self._inputs(room, first, end), first, end, *own, begin, written
+                self._loops.walk_delta(*given)
+
+        self._walk(work, begin, begin + len(out))
+
+    def _weights(
+        self, balances: Sequence[Balance], tasks: int, factors: Sequence[float]
+    ) -> tuple[Any, Any]:
+        """Tables of what scores and what weights take."""
+        rows = [
+            (b.low, b.high, b.threshold, b.peak - b.threshold, factor, not b.silent)
+            for b, factor in zip(balances, factors, strict=True)
+        ]
+        return self._intervals(balances, tasks), numpy.array(rows, "f4")
+
+    def _scored(self, room: Room, table: Any, weights: Any) -> tuple[Any, ...]:
+        smallest = numpy.float32(SMALLEST_DIVISOR)
+        return room.tau, room.total, table, room.values, *room.products, weights, smallest
 
     def _intervals(self, balances: Sequence[Balance], tasks: int) -> Any:
         rows = [
@@ -216,26 +246,31 @@ class Fused:
                 room.masks[task, : len(packed)] = packed
         return self._base, self._addresses, room.masks, self._factors, first
 
-    def _walk(self, work: Callable[[Room, Iterator[tuple[int, int]]], None]) -> None:
-        """Let threads do the work, each on the pieces that it gets hold of."""
-        total, threads = len(self._aligned), torch.get_num_threads()
-        share = -(-total // (threads * PIECES_PER_THREAD))
+    def _walk(
+        self,
+        work: Callable[[Room, Iterator[tuple[int, int]]], None],
+        begin: int = 0,
+        end: int | None = None,
+    ) -> None:
+        """Let threads do the work, each on the pieces of a tensor that it gets hold of."""
+        end, threads = len(self._aligned) if end is None else end, torch.get_num_threads()
+        share = -(-(end - begin) // (threads * PIECES_PER_THREAD))
         # Whole blocks, so that pieces begin at whole bytes of masks.
         size = -(-min(max(share, SMALLEST_PIECE), LARGEST_PIECE) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
-        starts = iter(range(0, total, size))  # next() is one step for threads
+        starts = iter(range(begin, end, size))  # next() is one step for threads
         stopped = threading.Event()
 
         def pieces() -> Iterator[tuple[int, int]]:
             for start in starts:
                 if stopped.is_set():
                     return
-                yield start, min(start + size, total)
+                yield start, min(start + size, end)
 
         def run() -> None:
             room = Room.of_thread(self._count, BLOCK_ELEMENTS, LARGEST_PIECE + BLOCK_ELEMENTS)
             work(room, pieces())
 
-        helpers = min(threads, -(-total // size)) - 1
+        helpers = min(threads, -(-(end - begin) // size)) - 1
         others = [dare.pool("walks", threads).submit(run) for _ in range(helpers)]
         try:
             run()

@@ -242,15 +242,12 @@ def peaks(values: Any, bits: Any, out: Any, count: int) -> None:
 
 @loop
 def combine(
-    base: Any, start: int, tau: Any, scores: Any, table: Any, smallest: Any, numerator: Any,
-    divisor: Any, bits: Any, count: int,
-) -> Any:  # fmt: skip
-    """The merged values, in ``numerator``; returns the ``bits`` of their largest magnitude.
+    tau: Any, scores: Any, table: Any, smallest: Any, numerator: Any, divisor: Any, count: int
+) -> None:
+    """The merged task vector, in ``numerator``; ``divisor`` is scratch.
 
-    ``divisor`` and ``numerator`` are scratch otherwise.
-
-    ``table`` has a row ``low, high, threshold, peak − threshold, −lambda · weight, competes`` per
-    task; ``smallest`` is the least divisor.
+    ``table`` has a row ``low, high, threshold, peak − threshold, weight, competes`` per task;
+    ``smallest`` is the least divisor.
     """
     for i in range(count):
         numerator[i] = 0
@@ -267,9 +264,19 @@ def combine(
             signed = weight if delta > 0 else (-weight if delta < 0 else _ZERO)
             divisor[i] += share
             numerator[i] += share * clamped * signed
+    for i in range(count):
+        numerator[i] = numerator[i] / max(divisor[i], smallest)
+
+
+@loop
+def subtract(base: Any, start: int, values: Any, bits: Any, count: int) -> Any:
+    """The base, from element ``start`` on, less ``values``, in their place.
+
+    Returns the ``bits`` of the largest magnitude.
+    """
     own = base[start : start + count]
     for i in range(count):
-        numerator[i] = wide(own[i]) - numerator[i] / max(divisor[i], smallest)
+        values[i] = wide(own[i]) - values[i]
     largest = numpy.int32(0)
     for i in range(count):
         largest = max(largest, numpy.int32(bits[i] & _MAGNITUDE))

@@ -86,9 +86,15 @@ def parts_of(chunk: Chunk, statistics: Statistics, *, out: torch.Tensor) -> torc
 
 def delta(chunk: Chunk, statistics: Statistics, weights: Sequence[float]) -> torch.Tensor:
     """``Σ_i weight_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of a chunk, never −0.0; borrowed."""
-    numerator = chunk.scratch("numerator", chunk.base).zero_()
+    competing, numerator = _competing(statistics), chunk.scratch("numerator", chunk.base)
+    compiled = fused.of(chunk.aligned, statistics.dtype)
+    if compiled is not None and competing and chunk.start % 8 == 0:
+        own = statistics.balances, statistics.tasks, weights
+        compiled.delta(*own, chunk.start, numerator)
+        return numerator
+    numerator.zero_()
     divisor = chunk.scratch("divisor", chunk.base).zero_()
-    for task, share, clamped in _shares(chunk, _competing(statistics), statistics):
+    for task, share, clamped in _shares(chunk, competing, statistics):
         divisor.add_(share)
         numerator.add_(share.mul_(clamped).mul_(weights[task]))
     return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))

@@ -22,6 +22,7 @@ from mergekit_pcb.core.kernels import (
     peaks,
     scores,
     store,
+    subtract,
     take,
     task_vectors,
 )
@@ -91,13 +92,27 @@ def walk_merge(
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
         add(tau, total, count)
         scores(tau, total, table, values, products, product_bits, count)
-        found = combine(
-            base, start, tau, values, weights, smallest, merged, total, merged_bits, count
-        )
-        most = max(most, found)
+        combine(tau, values, weights, smallest, merged, total, count)
+        most = max(most, subtract(base, start, merged, merged_bits, count))
         store(merged, merged_bits, out[start : start + count], count)
         start += count
     return most
+
+
+@kept_on_disk
+def walk_delta(
+    base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
+    tau: Any, total: Any, table: Any, values: Any, products: Any, product_bits: Any,
+    weights: Any, smallest: Any, begin: int, out: Any,
+) -> None:  # fmt: skip
+    """The merged task vector of elements, to ``out``, which begins at element ``begin``."""
+    while start < end:
+        count = min(values.shape[1], end - start)
+        task_vectors(base, addresses, masks, factors, first, start, tau, count)
+        add(tau, total, count)
+        scores(tau, total, table, values, products, product_bits, count)
+        combine(tau, values, weights, smallest, out[start - begin :], total, count)
+        start += count
 
 
 @kept_on_disk
