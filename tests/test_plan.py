@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import threading
 import types
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from test_whole_model import assert_equal_states, whole_reference, with_tokenizer
 
 import mergekit_pcb
+from mergekit_pcb.host import read_ahead
 
 # Python imports this module by itself when a process starts.
 WRAPPERS = """
@@ -334,6 +336,40 @@ def test_measuring_refuses_before_the_folder_exists(tmp_path):
         config = configuration(paths, parameters={"scope": "model"}, **more)
         assert "holds NaN or infinity" in refused(tmp_path, config, main)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system that takes no advice")
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_lies_behind_a_tensor_is_read_ahead(tmp_path, monkeypatch, refused):
+    """And a system that refuses to is no reason not to merge."""
+    from mergekit.merge import run_merge
+
+    paths = save_family(tmp_path / "models", tiny_llama(layers=2), tasks=2, shard_size="60KB")
+    asked = {}
+
+    def advised(file, offset, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        shard = pathlib.Path(f"/proc/self/fd/{file}").readlink()
+        asked.setdefault(shard, []).append((offset, length))
+        if refused:
+            raise OSError("no such advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(read_ahead, "FEWEST_BYTES", 1)
+    config = MergeConfiguration.model_validate(configuration(paths))
+    run_merge(config, str(tmp_path / "out"), MergeOptions(copy_tokenizer=False, quiet=True))
+    shards = [shard for path in paths for shard in path.glob("*.safetensors")]
+    assert len(shards) > len(paths)
+    assert asked.keys() == set(shards)
+    for shard in shards:
+        places = read_ahead._places(shard)
+        assert max(end for _, end in places.values()) == shard.stat().st_size
+        assert sorted(asked[shard]) == sorted((e, e - b) for b, e in places.values())
+        # What the table says is what the file holds.
+        content, state = shard.read_bytes(), tensors(shard)
+        for name, (begin, end) in places.items():
+            assert content[begin:end] == state[name].numpy().tobytes()
+    assert tensors(tmp_path / "out").keys() == tensors(paths[0]).keys()
 
 
 def test_a_plan_in_memory_as_mergekit_evolve_makes_it(tmp_path):

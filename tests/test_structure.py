@@ -128,8 +128,10 @@ ARROWS = {
         "host.kinds",
         "host.method",
         "host.plan",
+        "host.read_ahead",
         "host.whole_model",
     },
+    "host.read_ahead": set(),
     "host.vocabulary": {"errors", "host.nodes"},
     "host.advice": {"errors", "host.inputs", "host.parameters", "host.plan", "host.refined"},
     "host.planning": {

@@ -21,6 +21,7 @@ from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import KNOWN, Known
 from mergekit_pcb.host.plan import Plan, models_of
+from mergekit_pcb.host.read_ahead import what_follows
 from mergekit_pcb.host.whole_model import Measured, statistics_of
 
 #: Above the 10,000 of the node that creates the output folder: measuring may yet refuse.
@@ -70,6 +71,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
         self, tensors: Tensors, measured: Measured | None = None, **_kwargs: Any
     ) -> torch.Tensor | None:
         check_shapes(group_of(self, tensors))
+        what_follows(self.gather_tensors)
         known = Known(
             models_of(self),
             measured.statistics if measured else None,
