@@ -79,7 +79,7 @@ def task_vectors(
         for i in range(count):
             tau[task, i] = wide(read(address, start + i, base)) - wide(own[i])
         if factors[task] != 0:
-            thin(tau[task], masks[task, (start - first) // 8 :], factors[task], count)
+            thin(tau, task, masks, (start - first) // 8, factors[task], count)
 
 
 @loop
@@ -93,13 +93,14 @@ def add(tau: Any, total: Any, count: int) -> None:
 
 
 @loop
-def thin(tau: Any, packed: Any, factor: Any, count: int) -> None:
-    """DARE in place: ``packed`` holds eight bits a byte, lowest first.
+def thin(tau: Any, task: int, masks: Any, byte: int, factor: Any, count: int) -> None:
+    """DARE of a row in place: ``masks`` hold eight bits a byte, lowest first, from ``byte`` on.
 
     Both have room for whole strips, whatever the last one holds beyond ``count``.
     """
+    place, bits = task * tau.shape[1], task * masks.shape[1] + byte
     for start in range(0, count, STRIP):
-        thin_strip(tau, start, packed, start // 8, factor)
+        thin_strip(tau, place + start, masks, bits + start // 8, factor)
 
 
 @loop
