@@ -79,15 +79,22 @@ def configuration(method: str, paths: list[pathlib.Path]) -> str:
     "--methods", "names", multiple=True, type=click.Choice(list(PARAMETERS)), help="Default: all."
 )
 @click.option("--flag", "flags", multiple=True, help="Given to mergekit-yaml, such as --cuda.")
+@click.option("--cold", is_flag=True, help="Inputs are read from disk, not from the file cache.")
 def main(
-    directory: pathlib.Path, layers: int, runs: int, names: tuple[str, ...], flags: tuple[str, ...]
+    directory: pathlib.Path,
+    layers: int,
+    runs: int,
+    names: tuple[str, ...],
+    flags: tuple[str, ...],
+    cold: bool,
 ) -> None:
     """Print the table of whole merges."""
     names = names or tuple(PARAMETERS)
     paths = checkpoints(directory, layers)
     parameters = sum(f.stat().st_size for f in paths[0].glob("*.safetensors")) / 2e6
     configurations = {name: configuration(name, paths) for name in names}
-    taken = alternate_merges(configurations, directory, runs, flags)
+    forgotten = [file for path in paths for file in path.glob("*.safetensors")] if cold else []
+    taken = alternate_merges(configurations, directory, runs, flags, forgotten)
     print(machine())
     print(
         f"mergekit-yaml, {parameters:.0f} M parameters in {layers} layers, {TASKS} tasks, "

@@ -124,9 +124,16 @@ def run_command(command: Sequence[str]) -> Taken:
 
 
 def alternate_merges(
-    configurations: Mapping[str, str], directory: pathlib.Path, runs: int, flags: Sequence[str] = ()
+    configurations: Mapping[str, str],
+    directory: pathlib.Path,
+    runs: int,
+    flags: Sequence[str] = (),
+    forgotten: Sequence[pathlib.Path] = (),
 ) -> dict[str, list[Taken]]:
-    """Whole merges of YAML by the stock command, written below a directory and removed again."""
+    """Whole merges of YAML by the stock command, written below a directory and removed again.
+
+    ``forgotten`` are files that are not in the system's file cache when a merge begins.
+    """
     script = shutil.which("mergekit-yaml", path=str(pathlib.Path(sys.executable).parent))
     if script is None:
         raise click.ClickException("cannot find mergekit-yaml beside this Python; install mergekit")
@@ -135,10 +142,15 @@ def alternate_merges(
         config = directory / f"benchmark-{number}.yml"
         config.write_text(text)
         commands[name] = [script, str(config), str(out), "--no-copy-tokenizer", "--quiet", *flags]
+
+    def before() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        for path in forgotten:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     try:
-        return alternate_commands(
-            commands, runs, before=lambda: shutil.rmtree(out, ignore_errors=True)
-        )
+        return alternate_commands(commands, runs, before)
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
