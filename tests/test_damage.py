@@ -207,7 +207,13 @@ def test_errors_show_names_too(tmp_path):
 # --- A disk that is full --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", [40, 100], ids=["while measuring", "while a trial is written"])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param(40, id="while measuring", marks=pytest.mark.slow),
+        pytest.param(100, id="while a trial is written"),
+    ],
+)
 def test_a_search_on_a_full_disk(tmp_path, blocks):
     """A limit on the size of files stands in for the disk: contributions are small, models not."""
     paths = save_family(tmp_path / "models", tiny_llama(layers=2), tasks=2, shard_size="30KB")

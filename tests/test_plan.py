@@ -73,7 +73,11 @@ def assert_whole_model(out, paths, **parameters):
     assert_equal_states(tensors(out), expected, states[0], tolerance=1e-4)
 
 
-@pytest.mark.parametrize("places", [*((place,) for place in PLACES), PLACES[1:4:2]], ids=str)
+@pytest.mark.parametrize(
+    "places",
+    [PLACES[1:4:2], *(pytest.param((place,), marks=pytest.mark.slow) for place in PLACES)],
+    ids=str,
+)
 def test_a_further_call_level_changes_nothing(tmp_path, family, places):
     config = configuration(family, parameters={"scope": "model", "density": 0.2})
     out, _ = merge(tmp_path / "m", config, **wrapped(tmp_path, *places))

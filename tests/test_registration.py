@@ -236,7 +236,13 @@ def install(executable, tmp_path, *options):
     )
 
 
-@pytest.mark.parametrize("options", [(), ("--editable",)], ids=["wheel", "editable"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="wheel"),
+        pytest.param(("--editable",), id="editable", marks=pytest.mark.slow),
+    ],
+)
 def test_install_and_uninstall_leave_nothing_behind(environment, tmp_path, options):
     executable, site = environment
     before = {path.name for path in site.iterdir()}
