@@ -206,11 +206,20 @@ def test_powers_of_two_are_exact_to_a_unit_in_the_last_place():
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (torch.bfloat16, 600),
+        (torch.float64, 600),
+        *(pytest.param(kind, 3000, marks=SLOW) for kind in (*KINDS, torch.float64)),
+    ],
+)
 @pytest.mark.parametrize("dare", [1.0, 0.3])
 @pytest.mark.parametrize("together", [True, False])
-def test_ranks_as_accelerators_find_them_give_the_same_bits(kind, dare, together, monkeypatch):
-    base, models = inputs(kind, 600, 3)
+def test_ranks_as_accelerators_find_them_give_the_same_bits(
+    kind, size, dare, together, monkeypatch
+):
+    base, models = inputs(kind, size, 3)
     expected = merged(base, models, way="0", dare=dare, together=together)
     monkeypatch.setattr(ranks, "HOST", "another device")
     found = merged(base, models, way="0", dare=dare, together=together)

@@ -152,7 +152,7 @@ def killed_often(times, budget):
 
 
 @pytest.mark.parametrize(
-    ("times", "budget"), [(1, 5), pytest.param(10, 40, marks=pytest.mark.slow)]
+    ("times", "budget"), [(2, 12), pytest.param(10, 40, marks=pytest.mark.slow)]
 )
 def test_whatever_is_killed_the_budget_is_scored(place, times, budget):
     said, last = killed_often(times, budget)

@@ -103,7 +103,10 @@ def _rehearse(walks: Any, kind: torch.dtype) -> None:
     right = fused.magnitudes({0: [upper]}) == float(magnitudes.max())
     right &= upper.settle() == float(magnitudes.sort().values[upper.rank])
     scores = fused.scores({}, both)
-    right &= scores[0] > 0 and fused.merge(both, 2, [-1.0, -1.0], torch.empty_like(base))
+    merged, opposite = torch.empty_like(base), torch.empty_like(tau)
+    right &= scores[0] > 0 and fused.merge(both, 2, [-1.0, -1.0], merged)
+    fused.delta(both, 2, [-1.0, -1.0], 0, opposite)
+    right &= torch.equal((base.float() - opposite).to(kind), merged)
     if not right:
         raise RuntimeError("compiled code gives wrong numbers")
 

@@ -11,6 +11,7 @@ from typing import TypedDict
 
 import torch
 
+from mergekit_pcb.core import ranks
 from mergekit_pcb.core.ranks import at_ranks, neighbour, places
 from mergekit_pcb.core.vectors import Aligned
 
@@ -20,7 +21,7 @@ from mergekit_pcb.core.vectors import Aligned
 # answer.
 SAMPLE_SHARE = 0.35
 LARGEST_SAMPLE = 1 << 20
-# Up to so many elements it is quicker to keep all values than to guess.
+# Up to so many elements a processor is quicker to keep all values than to guess.
 FEW_ELEMENTS = 1 << 15
 
 
@@ -45,7 +46,9 @@ class Sample:
 
     def take(self, aligned: Aligned) -> None:
         """Take what is due of a tensor's elements, unless all of the scope have passed."""
-        if self._count <= FEW_ELEMENTS or self._passed >= self._count:
+        on_host = aligned.base.device.type == ranks.HOST
+        few = FEW_ELEMENTS if on_host else ranks.POOL_ELEMENTS  # of those, a device keeps all
+        if self._count <= few or self._passed >= self._count:
             return
         start = -self._passed % self._step
         base = aligned.base[start :: self._step].to(self._dtype)

@@ -30,13 +30,12 @@ def what_follows(task: Task[Any]) -> None:
         loader = LoaderCache.loaders.get(load.model)
         if loader is None:  # it was not read from files
             continue
-        names = load.tensor, *(load.aliases or ()), *(load.tied_names or ())
-        name = next((name for name in names if name in loader.index.tensor_paths), None)
+        name = load.group_label()  # the one it is found under
         if name is None or not loader.index.is_safetensors:
             continue
         path = pathlib.Path(loader.index.base_path, loader.index.tensor_paths[name])
-        with contextlib.suppress(OSError):  # advice alone; reading itself will say what is wrong
-            begin, end = _places(path).get(name, (0, 0))
+        with contextlib.suppress(OSError, KeyError):  # advice alone; reading says what is wrong
+            begin, end = _places(path)[name]
             length = min(max(end - begin, FEWEST_BYTES), MOST_BYTES)
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), end, length, os.POSIX_FADV_WILLNEED)
