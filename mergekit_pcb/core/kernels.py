@@ -134,26 +134,31 @@ def take(
         at_most = less = numpy.int64(0)
         fill = fills[k]
         for start in range(0, count, STRIP):
-            length = min(STRIP, count - start)
-            place = row * values.shape[1] + start
-            valid = numpy.uint64(_ALL >> numpy.uint64(STRIP - length))
-            beyond = numpy.uint64(above(values, place, low) & valid)
-            at_most += length - numpy.int64(ones(beyond))
-            if counts_ties:
-                less += numpy.int64(ones(numpy.uint64(below(values, place, low) & valid)))
-            inside = numpy.uint64(beyond & below(values, place, high))
-            fill = keep(values, place, inside, pools[k], fill)
+            given = row * values.shape[1] + start, min(STRIP, count - start), low, high, counts_ties
+            most, under, fill = look_at_strip(values, *given, pools[k], fill)
+            at_most += most
+            less += under
         counts[k, 0] += at_most
         counts[k, 1] += less
         fills[k] = fill
 
 
 @loop
-def keep(values: Any, place: int, inside: Any, out: Any, fill: int) -> int:
-    """Write the values of a strip whose bits are set to ``out``, which has room for a few more.
+def look_at_strip(
+    values: Any, place: int, length: int, low: Any, high: Any, counts_ties: bool, out: Any,
+    fill: int,
+) -> Any:  # fmt: skip
+    """How many of up to 64 values are at most ``low`` and below it; how far ``out`` is filled.
 
-    Returns how far it is filled.
+    It takes those strictly between the fences, and has room for ``AT_ONCE`` more. There is a whole
+    strip at ``place``, whatever it holds beyond ``length``.
     """
+    valid = numpy.uint64(_ALL >> numpy.uint64(STRIP - length))
+    beyond = numpy.uint64(above(values, place, low) & valid)
+    less = numpy.int64(0)
+    if counts_ties:
+        less = numpy.int64(ones(numpy.uint64(below(values, place, low) & valid)))
+    inside = numpy.uint64(beyond & below(values, place, high))
     end = fill + numpy.int64(ones(inside))
     while True:  # a processor foresees that one turn will do, but not how many values
         for _ in range(AT_ONCE):
@@ -161,7 +166,7 @@ def keep(values: Any, place: int, inside: Any, out: Any, fill: int) -> int:
             inside = numpy.uint64(inside & numpy.uint64(inside - numpy.uint64(1)))
             fill += 1
         if fill >= end:
-            return end
+            return length - numpy.int64(ones(beyond)), less, end
 
 
 @loop

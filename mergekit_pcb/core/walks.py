@@ -13,11 +13,11 @@ from typing import Any
 import numpy
 
 from mergekit_pcb.core import ranks
-from mergekit_pcb.core.intrinsics import above, below, kept_on_disk, loop, ones
+from mergekit_pcb.core.intrinsics import kept_on_disk, loop
 from mergekit_pcb.core.kernels import (
     add,
     combine,
-    keep,
+    look_at_strip,
     magnitudes,
     peaks,
     scores,
@@ -117,21 +117,16 @@ def walk_delta(
 
 @kept_on_disk
 def _between(values: Any, low: Any, high: Any, counts_ties: bool, kept: Any) -> Any:
-    at_most = less = numpy.int64(0)
-    whole = len(values) // STRIP * STRIP
-    fill = 0
-    for start in range(0, whole, STRIP):
-        beyond = above(values, start, low)
-        at_most += STRIP - numpy.int64(ones(beyond))
-        if counts_ties:
-            less += numpy.int64(ones(below(values, start, low)))
-        inside = numpy.uint64(beyond & below(values, start, high))
-        fill = keep(values, start, inside, kept, fill)
-    for value in values[whole:]:
-        at_most += value <= low
-        less += value < low
-        kept[fill] = value
-        fill += low < value < high
+    at_most = less = fill = numpy.int64(0)
+    last, rest = numpy.zeros(STRIP, numpy.float32), len(values) % STRIP
+    last[:rest] = values[len(values) - rest :]
+    for start in range(0, len(values), STRIP):
+        length = min(STRIP, len(values) - start)
+        part, place = (values, start) if length == STRIP else (last, 0)
+        given = place, length, low, high, counts_ties
+        most, under, fill = look_at_strip(part, *given, kept, fill)
+        at_most += most
+        less += under
     return at_most, less, fill
 
 
