@@ -94,6 +94,12 @@ def _wrap_raw_planner(merge_raw_pytorch: ModuleType) -> None:
     planning.wrap_raw_planner(merge_raw_pytorch)
 
 
+def _wrap_executor(multigpu_executor: ModuleType) -> None:
+    from mergekit_pcb.host import multi_gpu
+
+    multi_gpu.wrap_executor(multigpu_executor)
+
+
 def _extend_genome(genome: ModuleType) -> None:
     genome.METHOD_PARAM_MAPS.setdefault("pcb", ["weight", "density"])
 
@@ -101,6 +107,7 @@ def _extend_genome(genome: ModuleType) -> None:
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
     "mergekit.merge_methods.registry": _register,
     "mergekit.plan": _wrap_planner,
+    "mergekit.multigpu_executor": _wrap_executor,
     "mergekit.scripts.merge_raw_pytorch": _wrap_raw_planner,
     "mergekit.evo.genome": _extend_genome,
 }

@@ -377,7 +377,7 @@ def test_looking_for_a_module_does_not_use_the_hook_up():
     result = python(
         "import importlib.util\n"
         "for name in ('mergekit.merge_methods.registry', 'mergekit.plan', 'mergekit.evo.genome',"
-        " 'mergekit.scripts.merge_raw_pytorch'):\n"
+        " 'mergekit.multigpu_executor', 'mergekit.scripts.merge_raw_pytorch'):\n"
         "    assert importlib.util.find_spec(name).loader.get_source(name)\n"
         "import mergekit.merge_methods as m, mergekit.plan as p, mergekit.evo.genome as g\n"
         "import mergekit.scripts.merge_raw_pytorch as r\n"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import threading
+import time
 import types
 
 import pytest
@@ -317,6 +318,27 @@ def test_on_several_devices_measuring_leads_and_merges_are_spread(tmp_path, monk
     assert seen == [threading.main_thread()]
     assert all(torch.equal(tensors(out)[n], t) for n, t in tensors(single).items())
     assert sum(hasattr(value, "tokenizer") for value in found) == union
+
+
+@pytest.mark.usefixtures("stand_in_devices")
+def test_several_devices_lose_no_result_that_is_collected_late(tmp_path, monkeypatch):
+    from mergekit.multigpu_executor import MultiGPUExecutor
+
+    paths = save_family(tmp_path / "models", tiny_llama(layers=2), tasks=2)
+    options = MergeOptions(quiet=True, multi_gpu=True)
+    out, single = tmp_path / "out", tmp_path / "single"
+    executor = MultiGPUExecutor(planner(paths, options).plan_to_disk(str(out)))
+    collect = executor.task_completion_queue.get
+
+    def late(**more):
+        time.sleep(0.01)
+        return collect(**more)
+
+    monkeypatch.setattr(executor.task_completion_queue, "get", late)
+    list(executor.run(quiet=True))
+    run_in_process(configuration(paths), single)
+    assert tensors(out).keys() == tensors(single).keys()
+    assert all(torch.equal(tensors(out)[n], t) for n, t in tensors(single).items())
 
 
 def run_in_process(config, out, **options):

@@ -66,7 +66,7 @@ def test_the_genome_of_mergekit_evolve_knows_weight_and_density():
     python("""
         from mergekit.evo.genome import METHOD_PARAM_MAPS
         assert METHOD_PARAM_MAPS["pcb"] == ["weight", "density"]
-        import sys, mergekit.merge_methods, mergekit.scripts.merge_raw_pytorch, mergekit.plan
+        import sys, mergekit.merge, mergekit.merge_methods, mergekit.scripts.merge_raw_pytorch
         assert not [f for f in sys.meta_path if type(f).__module__.startswith("mergekit_pcb")]
     """)
 

@@ -20,7 +20,7 @@ ARROWS = {
         "tools.search",
     },
     "__main__": {"tools.cli"},
-    "_autoload": {"errors", "host.method", "host.planning"},
+    "_autoload": {"errors", "host.method", "host.multi_gpu", "host.planning"},
     "errors": set(),
     "files": {"errors"},
     "state_dicts": {
@@ -121,6 +121,7 @@ ARROWS = {
         "host.inputs",
         "host.statistics_file",
     },
+    "host.multi_gpu": {"host.nodes"},
     "host.nodes": {
         "core.rules",
         "host.groups",
