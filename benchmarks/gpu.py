@@ -56,10 +56,11 @@ def seconds(action: Callable[[], object], device: torch.device, runs: int = 7) -
     return statistics.median(times)
 
 
-def merge(tensors: list[torch.Tensor], **more: float) -> torch.Tensor:
+def merge(tensors: list[torch.Tensor], method: str = "pcb", **more: float) -> torch.Tensor:
     """Return the merge that is timed and compared."""
-    parameters = {"density": DENSITY, **more}
-    return merge_tensors(tensors, "pcb", base_index=0, parameters=parameters)
+    density = {} if method == "task_arithmetic" else {"density": DENSITY}
+    parameters = {"weight": 1.0, **density, **more}
+    return merge_tensors(tensors, method, base_index=0, parameters=parameters)
 
 
 def kept(device: torch.device) -> torch.Tensor:
@@ -93,6 +94,12 @@ def main(device_name: str, elements: int) -> None:
     print(
         f"pcb, dare_density 0.5            {thinned * 1e3:10.2f} ms, {thinned / taken:.3f} of pcb"
     )
+    share = [tensor[: elements // 4] for tensor in tensors]
+    ours = seconds(lambda: merge(share), device)
+    print(f"a quarter of the elements, pcb   {ours * 1e3:10.2f} ms, {ours / taken:.3f} of all")
+    for method in ("task_arithmetic", "ties"):
+        other = seconds(lambda method=method: merge(share, method), device, runs=3)
+        print(f"    {method:29s}{other * 1e3:10.2f} ms, pcb is {ours / other:.3f} of it")
     same = torch.equal(kept(device), kept(torch.device("cpu")))
     print(f"DARE's masks on CPU and {device.type} are {'the same' if same else 'DIFFERENT'}")
     few = [tensor[: 1 << 24] for tensor in tensors]

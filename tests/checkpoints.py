@@ -8,6 +8,9 @@ import torch
 import yaml
 from safetensors import safe_open
 
+#: Given to every merge by mergekit-yaml; see the option --device.
+FLAGS = []
+
 
 def tiny_llama(*, tied=False, hidden=32, layers=4, vocabulary=64, dtype=torch.float32):
     import transformers
@@ -88,7 +91,7 @@ def merge(tmp_path, config, *options, command="mergekit-yaml", check=True, **env
     file.write_text(text)
     arguments = [file, out, *options]
     if command == "mergekit-yaml":
-        arguments.append("--no-copy-tokenizer")
+        arguments += ["--no-copy-tokenizer", *FLAGS]
     return out, run(command, *arguments, check=check, **environment)
 
 

@@ -5,4 +5,4 @@ import torch
 from mergekit_pcb.core import fused
 
 for kind in (torch.float32, torch.bfloat16, torch.float16):
-    fused.compiled(kind)
+    fused.compiled("cpu", kind)

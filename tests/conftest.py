@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import pytest
+import torch
 
 from mergekit_pcb.core import cells, fused, ranks, sample, threads, vectors
 from mergekit_pcb.core.vectors import STRIP
@@ -12,9 +13,42 @@ from mergekit_pcb.core.vectors import STRIP
 # The compiled loops run in the tests' small merges, too; test_fused.py runs both ways.
 os.environ.setdefault(fused.SWITCH, "1")
 
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:  # Triton's interpreter runs its kernels; read when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: What is read: the README and every page of the documentation.
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors are merged, such as cuda")
+
+
+def pytest_configure(config):
+    """Have all tensors merged on a device: those in memory are moved there and back."""
+    device = config.getoption("--device")
+    if device == "cpu":
+        return
+    import checkpoints
+
+    from mergekit_pcb.host.method import Prepared
+
+    flatten, merged, contributions = vectors.Aligned.of, Prepared.merged, Prepared.contributions
+
+    def of(name, base, tasks):
+        return flatten(name, base.to(device), [task.to(device) for task in tasks])
+
+    def parts_of(prepared):
+        parts, spectrum = contributions(prepared)
+        return tuple(part.cpu() for part in parts), spectrum
+
+    vectors.Aligned.of = staticmethod(of)
+    Prepared.merged = lambda prepared: merged(prepared).cpu()
+    Prepared.contributions = parts_of
+    if device.startswith("cuda"):
+        checkpoints.FLAGS.append("--cuda")
 
 
 @contextlib.contextmanager

@@ -37,7 +37,9 @@ def run(script, arguments, environment):
     """Run a script of this environment as ``subprocess.run`` would, with its output as text."""
     command = [str(script), *map(str, arguments)]
     whole = {**os.environ, **THREADS, **environment}
-    if set(environment) - set(THREADS) or not _can_fork():
+    # A process that has looked for GPUs has none to give to its children.
+    on_gpu = {"--cuda", "--multi-gpu"} & set(command)
+    if set(environment) - set(THREADS) or on_gpu or not _can_fork():
         return subprocess.run(command, capture_output=True, text=True, env=whole, check=False)
     with tempfile.TemporaryDirectory() as folder:
         said = [pathlib.Path(folder, name) for name in ("out", "err")]

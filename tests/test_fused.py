@@ -281,7 +281,7 @@ def test_an_error_in_a_thread_ends_the_walk(monkeypatch):
     monkeypatch.setattr(fused, "LARGEST_PIECE", 1 << 13)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     own = threading.current_thread()
-    found = fused.Fused(Aligned.of("w", base, models), fused.compiled(torch.float32))
+    found = fused.Fused(Aligned.of("w", base, models), fused.compiled("cpu", torch.float32))
     real = found._inputs
 
     def broken(*given):

@@ -41,11 +41,23 @@ ARROWS = {
     "core.intrinsics": {"core.vectors"},
     "core.kernels": {"core.formulas", "core.intrinsics", "core.vectors"},
     "core.walks": {"core.intrinsics", "core.kernels", "core.ranks", "core.vectors"},
-    "core.philox": {"core.intrinsics", "core.vectors"},
+    "core.philox": {"core.dare", "core.intrinsics", "core.vectors"},
+    "core.gpu_kernels": {"core.formulas"},
+    "core.gpu_masks": {"core.dare"},
+    "core.gpu": {
+        "core.cells",
+        "core.formulas",
+        "core.gpu_masks",
+        "core.ranks",
+        "core.threads",
+        "core.vectors",
+    },
     "core.threads": {"core.ranks", "core.vectors"},
     "core.fused": {
         "core.dare",
         "core.formulas",
+        "core.gpu",
+        "core.gpu_kernels",
         "core.philox",
         "core.ranks",
         "core.threads",
@@ -253,6 +265,7 @@ FLOORS = ("core", "host", "tools")
 # Longer than this, a module has more than one job.
 LONGEST = 330
 COMPILED = {"core.intrinsics", "core.kernels", "core.philox", "core.walks"}
+FOR_GPUS = {"core.gpu_kernels", "core.gpu_masks"}
 
 
 def path_of(room):
@@ -320,6 +333,8 @@ def test_the_mathematics_knows_torch_and_numpy_alone(room):
     known = {*sys.stdlib_module_names, "torch", "numpy", "mergekit_pcb"}
     if room in COMPILED:  # whose import may fail
         known |= {"numba", "llvmlite"}
+    if room in FOR_GPUS:
+        known |= {"triton"}
     assert {name.split(".")[0] for name in imports(room)} <= known
 
 

@@ -43,23 +43,23 @@ class Cells:
         self, low: float | None, high: float | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._dtype, self._fences = dtype, (low, high)
-        # First and last pattern that can occur strictly between the fences.
-        self._first = _pattern_of(float("-inf") if low is None else low, dtype) + (low is not None)
-        self._last = _pattern_of(float("inf") if high is None else high, dtype) - (high is not None)
-        span = max(0, self._last - self._first)
-        # One spare halving: the first cell may begin before the first pattern.
-        self._shift = max(0, span.bit_length() - CELLS.bit_length() + 2)
+        self._first, self._last, self._shift = _span(low, high, dtype)
         self._origin = self._first >> self._shift
         self._cells = max(1, (self._last >> self._shift) - self._origin + 1)
         size = self._cells + SPARE_CELLS
-        self._counts = torch.zeros(size, dtype=torch.int64, device=device)
-        # Values at most and below the lower fence.
-        self._beside = torch.zeros(2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(size, dtype=torch.int64, device=device)
+        #: Values at most and below the lower fence.
+        self.beside = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """A value's pattern, shifted so far to the right, less the second number is its cell."""
+        return self._shift, self._origin
 
     def add(self, values: torch.Tensor) -> None:
         """Count values all of which lie strictly between the fences."""
         cells = (_pattern(values) >> self._shift) - self._origin
-        self._counts += torch.bincount(cells, minlength=len(self._counts))
+        self.counts += torch.bincount(cells, minlength=len(self.counts))
 
     def add_all(self, values: torch.Tensor, *, tied: bool) -> None:
         """Count any values; ``tied`` says that those below the lower fence count by themselves."""
@@ -69,19 +69,19 @@ class Cells:
             spare = _spare(len(part), part.device) + self._cells
             if low is not None:
                 above = part > low
-                self._beside[0] += len(part) - torch.count_nonzero(above)
+                self.beside[0] += len(part) - torch.count_nonzero(above)
                 if tied:
-                    self._beside[1] += torch.count_nonzero(part < low)
+                    self.beside[1] += torch.count_nonzero(part < low)
                 cells = torch.where(above, cells, spare)
             if high is not None:
                 cells = torch.where(part < high, cells, spare)
-            self._counts.scatter_add_(0, cells, torch.ones_like(cells))
+            self.counts.scatter_add_(0, cells, torch.ones_like(cells))
 
     def settle(self, rank: int) -> Found:
         """Where a rank among all values counted lies; waits for the device."""
-        upto = self._counts[: self._cells].cumsum(0)
-        cell = torch.searchsorted(upto, rank - self._beside[:1], right=True)
-        at_most, below, inside, place = torch.cat((self._beside, upto[-1:], cell)).tolist()
+        upto = self.counts[: self._cells].cumsum(0)
+        cell = torch.searchsorted(upto, rank - self.beside[:1], right=True)
+        at_most, below, inside, place = torch.cat((self.beside, upto[-1:], cell)).tolist()
         if not at_most <= rank < at_most + inside:
             return Found(at_most, below, inside)
         first = max(self._first, (self._origin + place) << self._shift)
@@ -91,6 +91,19 @@ class Cells:
             return Found(at_most, below, inside, value, value, exact=True)
         low, high = (_value_of(pattern, self._dtype) for pattern in (first - 1, last + 1))
         return Found(at_most, below, inside, low, high)
+
+
+def _span(low: float | None, high: float | None, dtype: torch.dtype) -> tuple[int, int, int]:
+    """First and last pattern that can occur between fences, and the shift to their cells."""
+    first = _pattern_of(float("-inf") if low is None else low, dtype) + (low is not None)
+    last = _pattern_of(float("inf") if high is None else high, dtype) - (high is not None)
+    # One spare halving: the first cell may begin before the first pattern.
+    return first, last, max(0, max(0, last - first).bit_length() - CELLS.bit_length() + 2)
+
+
+def told_apart(low: float | None, high: float | None) -> bool:
+    """Whether every float32 between fences has a cell of its own."""
+    return _span(low, high, torch.float32)[2] == 0
 
 
 @functools.lru_cache(maxsize=4)

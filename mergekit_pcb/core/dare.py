@@ -10,7 +10,7 @@ stream, of each number of 64 bits the lowest first. It is kept if they are below
 of ``density · 2^32``; where they equal it, the next 16 bits, from the same place of the stream
 whose counter has its top word set to one, are compared with the lower half. So an element's fate
 depends neither on what was computed before it, nor on where a tensor is cut, nor on the
-device: bits are drawn on the CPU, by all its cores, and moved.
+device: bits are drawn by all cores of a CPU, or by the kernels of ``gpu_kernels.py`` on a GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ import torch
 GENERATOR: Final = "Philox4x64-10 keyed by BLAKE2b"
 #: Below it nothing would ever be kept.
 SMALLEST_DENSITY = 2.0**-29
+#: Constants and order of the generator's library Random123, for whoever draws without numpy.
+ROUNDS = 10
+MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
+WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 # Where bits are drawn.
 HOST = "cpu"
 # One counter of the generator gives four numbers of 64 bits.
@@ -38,6 +42,10 @@ WORDS_PER_COUNTER = 16
 # Elements that are drawn at a time, and by one thread: shorter pieces cost more than they save.
 WINDOW_ELEMENTS = 1 << 22
 PIECE_ELEMENTS = 1 << 20
+
+
+#: Draws the bits of so many elements by key, upper and lower half of the density, on a device.
+DrawThere = Callable[[int, int, int, int, torch.device], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,26 @@ class Mask:
         self._dare, self._count = dare, count
         self._key = key(dare.seed, dare.task, tensor)
         self._windows: dict[int, Any] = {}
+        self._elsewhere: dict[torch.device, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @property
     def density(self) -> float:
         return self._dare.density
+
+    def whole(self, device: torch.device, draw: DrawThere) -> torch.Tensor:
+        """The bits of all elements on a device, eight to a byte, lowest first.
+
+        They are drawn once, by ``draw``, and stay there as long as this mask.
+        """
+        if device not in self._elsewhere:
+            upper, lower = self._fences
+            self._elsewhere[device] = draw(self._key, upper, lower, self._count, device)
+        return self._elsewhere[device]
+
+    @property
+    def _fences(self) -> tuple[int, int]:
+        return divmod(round(self._dare.density * 2**32), 1 << 16)
 
     def apply_(self, tau: torch.Tensor, start: int, scratch: torch.Tensor) -> torch.Tensor:
         """Drop elements of a task vector in place and divide the others by the density.
@@ -116,7 +139,7 @@ class Mask:
 
     def _piece(self, piece: tuple[int, int]) -> Any:
         start, count = piece
-        upper, lower = divmod(round(self._dare.density * 2**32), 1 << 16)
+        upper, lower = self._fences
         first = start // WORDS_PER_COUNTER
         below, equal = compare(self._key, first, count, min(upper, (1 << 16) - 1))
         kept = (below if upper < 1 << 16 else ~numpy.zeros_like(below))[: -(-count // 8)]

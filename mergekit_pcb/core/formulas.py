@@ -120,13 +120,11 @@ LEAST_EXPONENT = -126.0
 def power_of_two_(y: torch.Tensor, *, scratch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """2 to the power of numbers that are not above 0, in place.
 
-    On a CPU and in float32 it is spelled out, because torch's own differs from one processor to the
-    next, and compiled loops could not follow it. ``LEAST_EXPONENT`` takes the place of what is
+    In float32 it is spelled out, because torch's own differs from one processor to the next, and
+    compiled loops could not follow it. ``LEAST_EXPONENT`` takes the place of what is
     less: only with more than 87 tasks is anything, and :func:`tellable` asks for float64 long
     before that matters.
     """
-    if y.device.type != "cpu":
-        return y.exp2_()
     if y.dtype != torch.float32:
         return y.mul_(1 / LOG2_E).exp_()
     whole = torch.add(y.clamp_(min=LEAST_EXPONENT), ROUNDING, out=scratch[0]).sub_(ROUNDING)
@@ -157,15 +155,17 @@ HYPERBOLIC = tuple(
 
 
 def tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
-    """Tanh in place; on a CPU and in float32 spelled out, as :func:`power_of_two_` is.
+    """Tanh in place; in float32 spelled out, as :func:`power_of_two_` is.
 
     Real models have tiny products, for which it is short. Each element's value depends on that
     element alone, whichever way a chunk is computed.
     """
-    if z.device.type != "cpu" or z.dtype != torch.float32:
+    if z.dtype != torch.float32:
         return z.tanh_()
-    lowest, highest = torch.aminmax(z)
-    largest = float(torch.maximum(-lowest, highest))
+    largest = math.inf
+    if z.device.type == "cpu":  # elsewhere it would be waited for
+        lowest, highest = torch.aminmax(z)
+        largest = float(torch.maximum(-lowest, highest))
     square = torch.mul(z, z, out=scratch)
     if largest <= SMALL:
         return z.add_(square.mul_(z).mul_(-1 / 3))
@@ -185,7 +185,8 @@ def tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
 def rescale_(scores: torch.Tensor, balance: Balance) -> torch.Tensor:
     """Turn scores into weights in [0, 1] in place: drop below the threshold, then min-max."""
     scores.clamp_(min=balance.threshold).sub_(balance.threshold)
-    return scores.div_(balance.peak - balance.threshold)
+    # By a number, a GPU would multiply by one over it.
+    return scores.div_(scores.new_full((), balance.peak - balance.threshold))
 
 
 def signed_(clamped: torch.Tensor, tau: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 
 from mergekit_pcb.core import dare, ranks
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
+from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.threads import Lines, Open, Room
 from mergekit_pcb.core.vectors import STRIP, Aligned
@@ -40,72 +41,95 @@ SMALLEST = 1 << 12
 # Elements from which on loading the loops, most of a second, pays (compiling them takes some more,
 # once after installation).
 WORTH_LOADING = 1 << 22
-_ready: set[torch.dtype] = set()
+_ready: set[tuple[str, torch.dtype]] = set()
+#: Who compiles loops for tensors on a device.
+_COMPILERS = {"cpu": "numba", "cuda": "Triton"}
 # What numpy takes the bits of a dtype for.
 _KINDS = {torch.float32: "f4", torch.bfloat16: "u2", torch.float16: "i2"}
 
 
-def of(aligned: Aligned, dtype: torch.dtype) -> Fused | None:
+def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
     """The tensor for compiled walks in this precision; ``None`` where there are none for it."""
-    kind, chosen = aligned.base.dtype, os.environ.get(SWITCH)
-    least = 1 if chosen == "1" else SMALLEST if kind in _ready else WORTH_LOADING
+    kind, device, chosen = aligned.base.dtype, aligned.base.device, os.environ.get(SWITCH)
+    loaded = (device.type, kind) in _ready
+    least = 1 if chosen == "1" else SMALLEST if loaded else WORTH_LOADING
+    if device.type != "cpu":  # which keeps the values of short streams
+        least = max(least, ranks.POOL_ELEMENTS + 1)
     if (
         chosen == "0"
         or len(aligned) < least
         or dtype != torch.float32
         or kind not in _KINDS
+        or device.type not in _COMPILERS
+        or (device.type != "cpu" and len(aligned.tasks) > MOST_TASKS)
         or any(
-            tensor.device.type != "cpu" or tensor.dtype != kind or not tensor.is_contiguous()
+            tensor.device != device or tensor.dtype != kind or not tensor.is_contiguous()
             for tensor in (aligned.base, *aligned.tasks)
         )
     ):
         return None
-    walks = compiled(kind)
-    return None if walks is None else Fused(aligned, walks)
+    loops = compiled(device.type, kind)
+    return None if loops is None else _walked(aligned, loops)
+
+
+def _walked(aligned: Aligned, loops: Any) -> Fused | OnGPU:
+    on_gpu = aligned.base.device.type != "cpu"
+    return OnGPU(aligned, loops) if on_gpu else Fused(aligned, loops)
 
 
 @functools.cache
-def compiled(kind: torch.dtype) -> Any:
+def compiled(device: str, kind: torch.dtype) -> Any:
     """The compiled loops for checkpoints of a dtype; ``None``, and a warning, if there are none.
 
     All are tried on a few numbers first, so that a broken installation, or a folder that cannot be
     written to, is found here and not in the middle of a merge.
     """
+    loops: Any
     try:
-        from mergekit_pcb.core import philox, walks
+        if device == "cpu":
+            from mergekit_pcb.core import philox
+            from mergekit_pcb.core import walks as loops
 
-        _rehearse(walks, kind)
-        _rehearse_ranks(walks)
-        _rehearse_masks(philox)
+            _rehearse(loops, device, kind)
+            _rehearse_ranks(loops)
+            _rehearse_masks(philox)
+            dare.compare, ranks.look = philox.against, loops.between
+        else:
+            from mergekit_pcb.core import gpu_kernels as loops
+
+            _rehearse(loops, device, kind)
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         LOG.warning(
-            "merging without compiled loops, more slowly and to the same bits, because numba did "
+            "merging without compiled loops, more slowly and to the same bits, because %s did "
             "not give them (%s: %s); %s=0 says this is meant",
+            _COMPILERS[device],
             type(error).__name__,
             said,
             SWITCH,
         )
         return None
-    _ready.add(kind)
-    dare.compare, ranks.look = philox.against, walks.between
-    return walks
+    _ready.add((device, kind))
+    return loops
 
 
-def _rehearse(walks: Any, kind: torch.dtype) -> None:
-    base = torch.linspace(-1, 1, 4 * STRIP).to(kind)
+def _rehearse(loops: Any, device: str, kind: torch.dtype) -> None:
+    base = torch.linspace(-1, 1, 4 * STRIP).to(device, kind)
     tasks = [base * 1.5, base * 0.75]
-    mask = dare.Mask(dare.Dare(0.5, 0, 0), "", len(base))
-    fused = Fused(replace(Aligned.of("", base, tasks), masks=(mask, None)), walks)
+    mask = dare.Mask(dare.Dare(0.3, 0, 0), "", len(base))
+    walked = _walked(replace(Aligned.of("", base, tasks), masks=(mask, None)), loops)
     tau, both = tasks[0].float() - base.float(), [Balance(0.0, 1.0, 0.0, 1.0)] * 2
     magnitudes = mask.apply_(tau, 0, torch.empty_like(tau)).abs()
     upper = OrderStatistic(3 * len(base) // 4, len(base))
-    right = fused.magnitudes({0: [upper]}) == float(magnitudes.max())
-    right &= upper.settle() == float(magnitudes.sort().values[upper.rank])
-    scores = fused.scores({}, both)
+    right, found = True, None
+    while right and found is None:  # counts in cells need a second look
+        right = walked.magnitudes({0: [upper]}) == float(magnitudes.max())
+        found = upper.settle()
+    right &= found == float(magnitudes.sort().values[upper.rank])
+    scores = walked.scores({}, both)
     merged, opposite = torch.empty_like(base), torch.empty_like(tau)
-    right &= scores[0] > 0 and fused.merge(both, 2, [-1.0, -1.0], merged)
-    fused.delta(both, 2, [-1.0, -1.0], 0, opposite)
+    right &= scores[0] > 0 and walked.merge(both, 2, [-1.0, -1.0], merged)
+    walked.delta(both, 2, [-1.0, -1.0], 0, opposite)
     right &= torch.equal((base.float() - opposite).to(kind), merged)
     if not right:
         raise RuntimeError("compiled code gives wrong numbers")

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, overload
 from mergekit_pcb.core.vectors import STRIP
 
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
-_SOURCES = "formulas", "intrinsics", "kernels", "philox", "ranks", "vectors", "walks"
+_SOURCES = "dare", "formulas", "intrinsics", "kernels", "philox", "ranks", "vectors", "walks"
 
 
 def _digest() -> str:

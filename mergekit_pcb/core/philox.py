@@ -1,8 +1,4 @@
-"""The numbers of Philox4x64-10 against a threshold, compiled: the bits are those of ``dare.py``.
-
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011; constants and order
-are those of its library Random123, which numpy's generator follows.
-"""
+"""The numbers of Philox4x64-10 against a threshold, compiled: the bits are those of ``dare.py``."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
 # mypy: disable-error-code="attr-defined, unreachable, unused-ignore, var-annotated"
@@ -13,12 +9,12 @@ from typing import Any
 
 import numpy
 
+from mergekit_pcb.core.dare import MULTIPLIERS, ROUNDS, WEYL
 from mergekit_pcb.core.intrinsics import kept_on_disk, upper_half, words_below, words_equal
 from mergekit_pcb.core.vectors import STRIP
 
-ROUNDS = 10
-_MULTIPLIERS = numpy.uint64(0xD2E7470EE14C6C93), numpy.uint64(0xCA5A826395121157)
-_WEYL = numpy.uint64(0x9E3779B97F4A7C15), numpy.uint64(0xBB67AE8584CAA73B)
+_MULTIPLIERS = tuple(map(numpy.uint64, MULTIPLIERS))
+_WEYL = tuple(map(numpy.uint64, WEYL))
 
 
 @kept_on_disk

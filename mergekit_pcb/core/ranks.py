@@ -80,14 +80,20 @@ class OrderStatistic:
 
     def _push_there(self, values: torch.Tensor) -> None:
         """Keep the values of a short stream; count those of a long one."""
-        self._seen += len(values)
-        self._dtype = values.dtype
         if self.low is None and self.high is None and self.count <= POOL_ELEMENTS:
+            self._seen += len(values)
             self._held.append(values + 0.0)
-            return
+        else:
+            cells = self.cells(len(values), values.dtype, values.device)
+            cells.add_all(values, tied=self.tied)
+
+    def cells(self, seen: int, dtype: torch.dtype, device: torch.device) -> Cells:
+        """Where somebody else counts so many of the stream's values, on an accelerator."""
+        self._seen += seen
+        self._dtype = dtype
         if self._cells is None:
-            self._cells = Cells(self.low, self.high, values.dtype, values.device)
-        self._cells.add_all(values, tied=self.tied)
+            self._cells = Cells(self.low, self.high, dtype, device)
+        return self._cells
 
     def absorb(
         self,

@@ -72,18 +72,18 @@ class Sample:
         if values is None:
             return [{} for _ in ranks]
         size = values.numel()
-        ends = [places(rank, self._count, size) for rank in ranks]
-        wanted = sorted({place for both in ends for place in both if 0 <= place < size})
+        found = [places(rank, self._count, size) for rank in ranks]
+        ends = [(max(first, 0), last, first >= 0) for first, last in found]
+        wanted = sorted({place for *both, _ in ends for place in both if place < size})
         at = dict(zip(wanted, at_ranks(values, wanted), strict=True))
         guesses: list[Guess] = []
-        for first, last in ends:
-            guess: Guess = {}
-            if first >= 0:
-                low = at[first]
-                # Zeros of DARE, and of tensors that training left alone.
-                guess["tied"] = 2 * int((values == low).sum()) > last - first
-                # Else a step outwards, because a few elements may share the value of a fence.
-                guess["low"] = low if guess["tied"] else neighbour(low, -math.inf, values.dtype)
+        for first, last, bounded in ends:
+            guess, low = Guess(), at[first]
+            # Zeros: DARE's, of tensors that training left alone, of steps that were rounded off.
+            if 2 * int((values == low).sum()) > last - first:
+                guess["tied"], guess["low"] = True, low
+            elif bounded:  # a step outwards, because a few elements may share the value of a fence
+                guess["low"] = neighbour(low, -math.inf, values.dtype)
             if last < size:
                 guess["high"] = neighbour(at[last], math.inf, values.dtype)
             guesses.append(guess)
