@@ -49,17 +49,23 @@ def main(
     tier: str, out: pathlib.Path, suites: tuple[str, ...], some: tuple[int, ...], jobs: int
 ) -> None:
     """Run the quality benchmark; each suite of the full tier takes an hour or two of two cores."""
-    seeds, chosen = experiments.TIERS[tier].seeds, experiments.seeds_of(tier, some)
-    efforts = experiments.TIERS[tier].efforts
+    chosen_tier = experiments.TIERS[tier]
+    efforts = chosen_tier.efforts
     suites = suites or tuple(s for s in efforts if s in experiments.FROM_NOTHING) or tuple(efforts)
     if unknown := set(suites) - set(efforts):
         raise click.BadParameter(
             f"tier {tier} has {', '.join(efforts)}, not {', '.join(unknown)}", param_hint="--suite"
         )
+    chosen = experiments.seeds_of(tier, some, suites)
     for suite in suites:
         experiments.READY.get(suite, lambda _: None)(out)
     out.mkdir(parents=True, exist_ok=True)
-    files = {(suite, seed): out / f"{suite}-{seed}.json" for seed in seeds for suite in efforts}
+    files = {
+        (suite, seed): out / f"{suite}-{seed}.json"
+        for seed in experiments.seeds_of(tier, (), efforts)
+        for suite in efforts
+        if seed in chosen_tier.seeds_of(suite)
+    }
     there = {key for key, file in files.items() if is_there(file, tier, Record)}
     wanted = {key for key in files if key[0] in suites and key[1] in chosen}
     for threads in (1, 2):

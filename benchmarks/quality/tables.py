@@ -1,18 +1,19 @@
 """Tables and figures of the records, as Markdown and PNG.
 
 Every number is a mean over the seeds, with the standard deviation between them if there are
-several. Leads are taken
-seed by seed before they are averaged, because seeds differ more than methods do.
+several. Leads are taken seed by seed before they are averaged, because seeds differ more than
+methods do.
 """
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from benchmarks.quality.experiments import BUILD, TIERS, Record, Row
+from benchmarks.quality.experiments import BUILD, FROM_NOTHING, TIERS, Record, Row
 from benchmarks.quality.methods import PCB, PCB_MODEL
 from benchmarks.quality.suite import share
 from mergekit_pcb.files import write_text
@@ -25,6 +26,8 @@ ELSEWHERE = {
     "decoder": "text that nobody was trained on",
     "encoder": "finding the function, one of 128, that a docstring belongs to; accuracy in %",
 }
+#: Methods on pretrained models, the best first, as the paper of PCB-Merging found them.
+PAPER_ORDER = "pcb", "ties", "task_arithmetic", "linear"
 Rows = Callable[[Record], Sequence[Row]]
 
 
@@ -135,6 +138,11 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         yield from _table(own, _searched, with_tasks=True)
         yield "\n### The same, each task's share of its own expert\n"
         yield from _shares(own)
+        if name not in FROM_NOTHING:
+            yield "\n### Against the paper\n"
+            yield "On pretrained models it finds each of these ahead of those after it. Density and"
+            yield "lambda are those of both, over the seeds.\n"
+            yield from _against_the_paper(own)
         if first.weighted:
             yield "\n### What the weights add, each to its own method\n"
             yield from _added(own)
@@ -300,6 +308,34 @@ def _added(records: Sequence[Record]) -> Iterable[str]:
     for name, found in _by_method(records, lambda record: record.weighted):
         leads = _leads(found, fixed[name.removesuffix(" + weights")])
         yield _line([name, _lead(records[0].metric, leads)])
+
+
+def _against_the_paper(records: Sequence[Record]) -> Iterable[str]:
+    """Whether each pair of methods is in the order of Du et al., tables 2 and 3."""
+    yield _line(["pair", "setting", "lead", "found", "density", "lambda"])
+    yield _line(["---", "---", "---:", "---", "---", "---"])
+    ways: dict[str, Rows] = {"first": lambda record: record.first, "searched": _searched}
+    for ahead, behind in itertools.combinations(PAPER_ORDER, 2):
+        for setting, rows in ways.items():
+            found = dict(_by_method(records, rows))
+            leads = _leads(found[ahead], found[behind])
+            right, lead = sum(own > 0 for own in leads), _lead(records[0].metric, leads)
+            if lead.endswith("*") and statistics.mean(leads) > 0:
+                verdict = "yes, beyond scatter"
+            else:
+                verdict = f"in {right} of {len(leads)} seeds"
+            chosen = [_range(found, (ahead, behind), knob) for knob in ("density", "lambda")]
+            yield _line([f"{ahead} > {behind}", setting, lead, verdict, *chosen])
+
+
+def _range(found: dict[str, list[Row]], methods: Iterable[str], knob: str) -> str:
+    """The values of a knob over the seeds, a method after the other."""
+    cells = []
+    for method in methods:
+        values = {row.knobs[knob] for row in found[method] if knob in row.knobs}
+        ends = sorted({min(values), max(values)}) if values else ()
+        cells.append("–".join(f"{end:g}" for end in ends) or "none")
+    return ", ".join(cells)
 
 
 def _counts(records: Sequence[Record]) -> Iterable[str]:

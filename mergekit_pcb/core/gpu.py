@@ -1,6 +1,7 @@
 """Walks over a tensor on a GPU by the kernels of ``gpu_kernels.py``.
 
-Nothing is taken to the host but what a walk has counted, and nothing waits before a walk is over.
+Nothing is taken to the host but what a walk has counted and the few values it kept, and nothing
+waits before a walk is over.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class OnGPU:
         ]
         factors = [0 if mask is None else 1 / mask.density for mask in aligned.masks]
         base = aligned.base[begin:end]
-        blocks, count = divmod(len(base), BLOCK_ELEMENTS)[0], len(base)
+        blocks, count = len(base) // BLOCK_ELEMENTS, len(base)
         inputs = (
             base,
             tuple(task[begin:end] for task in aligned.tasks),
