@@ -13,7 +13,7 @@ from checkpoints import configuration, merge, save_family, tensors, tiny_llama
 from conftest import ON_GPU, pieces
 from test_fused import ADVERSARIAL, inputs, merged
 
-from mergekit_pcb.core import dare, fused, gpu, measure, ranks
+from mergekit_pcb.core import dare, fused, gpu, measure, ranks, rehearsal
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
 from mergekit_pcb.core.merge import delta
 from mergekit_pcb.core.vectors import Aligned, Scratch
@@ -188,6 +188,24 @@ def test_what_float32_cannot_square_is_measured_in_float64():
     tiny = [torch.linspace(-1e-22, 1e-22, 500), torch.linspace(1e-22, -2e-22, 500)]
     statistics, _ = there(torch.zeros(500), tiny)
     assert statistics.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_kernels_are_rehearsed_on_every_way_through_them(kind, monkeypatch):
+    def walk(aligned):
+        return gpu.OnGPU(aligned, gpu_kernels)
+
+    kept = []
+    absorb = ranks.OrderStatistic.absorb
+    monkeypatch.setattr(
+        ranks.OrderStatistic, "absorb", lambda *given: kept.append(given) or absorb(*given)
+    )
+    with pieces(5):
+        rehearsal.walks(walk, DEVICE.type, kind)
+    assert kept
+    monkeypatch.setattr(gpu, "factor", lambda *_: 1.0)
+    with pytest.raises(RuntimeError, match="wrong numbers"):
+        rehearsal.walks(walk, DEVICE.type, kind)
 
 
 def test_a_triton_that_does_not_work_costs_speed_and_says_so(monkeypatch, caplog):

@@ -53,6 +53,7 @@ ARROWS = {
         "core.vectors",
     },
     "core.threads": {"core.ranks", "core.vectors"},
+    "core.rehearsal": {"core.dare", "core.formulas", "core.ranks", "core.vectors"},
     "core.fused": {
         "core.dare",
         "core.formulas",
@@ -60,6 +61,7 @@ ARROWS = {
         "core.gpu_kernels",
         "core.philox",
         "core.ranks",
+        "core.rehearsal",
         "core.threads",
         "core.vectors",
         "core.walks",

@@ -13,18 +13,16 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy
 import torch
 
-from mergekit_pcb.core import dare, ranks
+from mergekit_pcb.core import dare, ranks, rehearsal
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
 from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU
-from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.threads import Lines, Open, Room
-from mergekit_pcb.core.vectors import STRIP, Aligned
+from mergekit_pcb.core.vectors import Aligned
 
 LOG = logging.getLogger(__name__)
 #: The environment variable that turns compiled loops off (``0``), or on for tensors of any size.
@@ -69,12 +67,9 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
     ):
         return None
     loops = compiled(device.type, kind)
-    return None if loops is None else _walked(aligned, loops)
-
-
-def _walked(aligned: Aligned, loops: Any) -> Fused | OnGPU:
-    on_gpu = aligned.base.device.type != "cpu"
-    return OnGPU(aligned, loops) if on_gpu else Fused(aligned, loops)
+    if loops is None:
+        return None
+    return Fused(aligned, loops) if device.type == "cpu" else OnGPU(aligned, loops)
 
 
 @functools.cache
@@ -90,14 +85,14 @@ def compiled(device: str, kind: torch.dtype) -> Any:
             from mergekit_pcb.core import philox
             from mergekit_pcb.core import walks as loops
 
-            _rehearse(loops, device, kind)
-            _rehearse_ranks(loops)
-            _rehearse_masks(philox)
+            rehearsal.walks(lambda aligned: Fused(aligned, loops), device, kind)
+            rehearsal.looks(loops)
+            rehearsal.masks(philox)
             dare.compare, ranks.look = philox.against, loops.between
         else:
             from mergekit_pcb.core import gpu_kernels as loops
 
-            _rehearse(loops, device, kind)
+            rehearsal.walks(lambda aligned: OnGPU(aligned, loops), device, kind)
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         LOG.warning(
@@ -111,45 +106,6 @@ def compiled(device: str, kind: torch.dtype) -> Any:
         return None
     _ready.add((device, kind))
     return loops
-
-
-def _rehearse(loops: Any, device: str, kind: torch.dtype) -> None:
-    base = torch.linspace(-1, 1, 4 * STRIP).to(device, kind)
-    tasks = [base * 1.5, base * 0.75]
-    mask = dare.Mask(dare.Dare(0.3, 0, 0), "", len(base))
-    walked = _walked(replace(Aligned.of("", base, tasks), masks=(mask, None)), loops)
-    tau, both = tasks[0].float() - base.float(), [Balance(0.0, 1.0, 0.0, 1.0)] * 2
-    magnitudes = mask.apply_(tau, 0, torch.empty_like(tau)).abs()
-    upper = OrderStatistic(3 * len(base) // 4, len(base))
-    right, found = True, None
-    while right and found is None:  # counts in cells need a second look
-        right = walked.magnitudes({0: [upper]}) == float(magnitudes.max())
-        found = upper.settle()
-    right &= found == float(magnitudes.sort().values[upper.rank])
-    scores = walked.scores({}, both)
-    merged, opposite = torch.empty_like(base), torch.empty_like(tau)
-    right &= scores[0] > 0 and walked.merge(both, 2, [-1.0, -1.0], merged)
-    walked.delta(both, 2, [-1.0, -1.0], 0, opposite)
-    right &= torch.equal((base.float() - opposite).to(kind), merged)
-    if not right:
-        raise RuntimeError("compiled code gives wrong numbers")
-
-
-def _rehearse_ranks(walks: Any) -> None:
-    values = numpy.linspace(0, 1, 3 * STRIP + 1, dtype="f4")
-    given = values, float(values[9]), float(values[-9])
-    for ours, theirs in zip(
-        walks.between(*given, tied=True), ranks.between(*given, tied=True), strict=True
-    ):
-        if not numpy.array_equal(ours, theirs):
-            raise RuntimeError("compiled code counts wrong")
-
-
-def _rehearse_masks(philox: Any) -> None:
-    asked = 1 << 100, 3, 4 * STRIP, 1 << 15
-    for ours, theirs in zip(philox.against(*asked), dare.against(*asked), strict=True):
-        if not numpy.array_equal(ours, theirs):
-            raise RuntimeError("compiled code draws wrong masks")
 
 
 class Fused:

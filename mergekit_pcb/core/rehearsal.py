@@ -1,0 +1,114 @@
+"""What compiled code has to get right on a few numbers before a merge relies on it.
+
+It is measured against torch's operations on the same device, bit by bit, on every way through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+
+from mergekit_pcb.core import dare, ranks
+from mergekit_pcb.core.formulas import (
+    SMALLEST_DIVISOR,
+    Balance,
+    magnitude,
+    rescale_,
+    score,
+    signed_,
+)
+from mergekit_pcb.core.ranks import OrderStatistic
+from mergekit_pcb.core.vectors import STRIP, Aligned, Scratch
+
+_WEIGHTS = -1.0, 0.5
+# Weights whose quotients may underflow, and others.
+_THRESHOLDS = 0.0, 2.0**-10
+
+
+def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> None:
+    """Try what walks over tensors of a dtype on a device, as ``fused.Fused`` does.
+
+    Raises ``RuntimeError`` where it is wrong, and whatever the code itself raises.
+    """
+    base = torch.linspace(-1, 1, 4 * STRIP + 1).to(device, kind)
+    mask = dare.Mask(dare.Dare(0.3, 0, 0), "", len(base))
+    aligned = replace(Aligned.of("", base, [base * 1.5, base * 0.75]), masks=(mask, None))
+    walked = walk(aligned)
+    chunks = aligned.chunks(Scratch(torch.float32))
+    parts = [[chunk.task_vector(task).clone() for task in range(2)] for chunk in chunks]
+    taus = [torch.cat(own) for own in zip(*parts, strict=True)]
+    right = _magnitudes_are_right(walked, taus)
+    for threshold in _THRESHOLDS:
+        both = [Balance(0.0, 1.0, threshold, 1.0)] * 2
+        scores, opposite = _expected(taus, both)
+        right &= walked.scores({}, both) == [float(own.max()) for own in scores]
+        merged, found = torch.empty_like(base), torch.empty_like(opposite)
+        right &= walked.merge(both, 2, _WEIGHTS, merged)
+        walked.delta(both, 2, _WEIGHTS, 0, found)
+        right &= torch.equal(found, opposite)
+        right &= torch.equal(merged, (base.float() - opposite).to(kind))
+    if not right:
+        raise RuntimeError("compiled code gives wrong numbers")
+
+
+def _magnitudes_are_right(walked: Any, taus: list[torch.Tensor]) -> bool:
+    """Whether ranks are found, also where values are kept, or equal a fence."""
+    values = taus[0].abs()
+    ordered, largest = values.sort().values, float(torch.stack(taus).abs().max())
+    count = len(values)
+    asked = [
+        OrderStatistic(3 * count // 4, count),
+        OrderStatistic(count - 3, count, low=0.0, high=8.0),
+        OrderStatistic(count // 4, count, low=0.0, high=8.0, tied=True),
+    ]
+    for statistics in ([asked[0], asked[1]], [asked[2]]):
+        waiting = list(statistics)
+        while waiting:  # counts in cells need a second look
+            if walked.magnitudes({0: waiting}) != largest:
+                return False
+            found = [statistic.settle() for statistic in waiting]
+            for statistic, value in zip(waiting, found, strict=True):
+                if value is not None and value != float(ordered[statistic.rank]):
+                    return False
+            waiting = [own for own, value in zip(waiting, found, strict=True) if value is None]
+    return True
+
+
+def _expected(
+    taus: list[torch.Tensor], balances: list[Balance]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The scores, and the weighted merge of the task vectors, by torch's operations."""
+    total = taus[0] + taus[1]
+    numerator, divisor, all_scores = torch.zeros_like(total), torch.zeros_like(total), []
+    for tau, balance, weight in zip(taus, balances, _WEIGHTS, strict=True):
+        first, second, third = torch.empty((3, len(tau)), device=tau.device)
+        clamped = magnitude(tau, balance, out=torch.empty_like(tau))
+        scores = score(tau, clamped, total, balance, 2, out=first, scratch=(second, third))
+        all_scores.append(scores.clone())
+        share = rescale_(scores, balance)
+        divisor += share
+        numerator += share.mul_(signed_(clamped, tau, scratch=second)).mul_(weight)
+    return all_scores, numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
+
+
+def looks(compiled: Any) -> None:
+    """Try what looks between fences, as ``ranks.between`` does."""
+    values = numpy.linspace(0, 1, 3 * STRIP + 1, dtype="f4")
+    given = values, float(values[9]), float(values[-9])
+    for ours, theirs in zip(
+        compiled.between(*given, tied=True), ranks.between(*given, tied=True), strict=True
+    ):
+        if not numpy.array_equal(ours, theirs):
+            raise RuntimeError("compiled code counts wrong")
+
+
+def masks(compiled: Any) -> None:
+    """Try what draws masks, as ``dare.against`` does."""
+    asked = 1 << 100, 3, 4 * STRIP, 1 << 15
+    for ours, theirs in zip(compiled.against(*asked), dare.against(*asked), strict=True):
+        if not numpy.array_equal(ours, theirs):
+            raise RuntimeError("compiled code draws wrong masks")
