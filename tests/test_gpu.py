@@ -3,6 +3,7 @@
 Without a GPU they are run by Triton's interpreter, on tensors in main memory.
 """
 
+import dataclasses
 import logging
 import math
 
@@ -16,6 +17,7 @@ from test_fused import ADVERSARIAL, inputs, merged
 from mergekit_pcb.core import dare, fused, gpu, measure, ranks, rehearsal
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
 from mergekit_pcb.core.merge import delta
+from mergekit_pcb.core.merge import merge as pcb_merge
 from mergekit_pcb.core.vectors import Aligned, Scratch
 
 pytest.importorskip("triton")
@@ -72,6 +74,34 @@ def test_the_bits_are_those_of_torch_on_a_cpu(kind, tasks, dare):
     base, models = inputs(kind, 1037, tasks)
     weights = [1.0 - 0.3 * task for task in range(tasks)]
     assert_same(base, models, dare=dare, weights=weights)
+
+
+def assert_same_merge(base, tasks, statistics, weights):
+    """Of given statistics, the bits of both ways; returns them."""
+    moved = Aligned.of("w", base.to(DEVICE), [task.to(DEVICE) for task in tasks])
+    found = pcb_merge(moved, statistics, weights, 1.0).cpu()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "of", lambda *_: None)
+        expected = pcb_merge(Aligned.of("w", base, tasks), statistics, weights, 1.0)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    return found
+
+
+@pytest.mark.parametrize("tasks", [2, 89, 120])
+def test_statistics_of_more_tasks_than_have_a_tensor(tasks):
+    base, models = inputs(torch.float32, 600, 2)
+    statistics, _ = here(base, models)
+    statistics = dataclasses.replace(statistics, tasks=tasks)
+    assert_same_merge(base, models, statistics, [1.0, 0.5])
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_subnormal_results(near, monkeypatch):
+    _, models = inputs(torch.float32, 600, 2)
+    statistics, _ = here(torch.zeros(600), models)
+    monkeypatch.setattr(gpu, "_near", lambda _: near)
+    found = assert_same_merge(torch.zeros(600), models, statistics, [1e-37, -2e-38])
+    assert ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).any()
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 300])
@@ -203,6 +233,10 @@ def test_kernels_are_rehearsed_on_every_way_through_them(kind, monkeypatch):
     with pieces(5):
         rehearsal.walks(walk, DEVICE.type, kind)
     assert kept
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu._Line, "saw", lambda own, *_: setattr(own, "done", True))
+        with pytest.raises((RuntimeError, ValueError)):
+            rehearsal.walks(walk, DEVICE.type, kind)
     monkeypatch.setattr(gpu, "factor", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="wrong numbers"):
         rehearsal.walks(walk, DEVICE.type, kind)

@@ -10,7 +10,7 @@ stream, of each number of 64 bits the lowest first. It is kept if they are below
 of ``density · 2^32``; where they equal it, the next 16 bits, from the same place of the stream
 whose counter has its top word set to one, are compared with the lower half. So an element's fate
 depends neither on what was computed before it, nor on where a tensor is cut, nor on the
-device: bits are drawn by all cores of a CPU, or by the kernels of ``gpu_kernels.py`` on a GPU.
+device: bits are drawn by all cores of a CPU, or by the kernel of ``gpu_masks.py`` on a GPU.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Dare:
 class Mask:
     """Which of the ``count`` elements of one tensor a task keeps.
 
-    Drawn window by window as it is asked for, and held as bits, because every tensor is passed
-    over three times.
+    Held as bits, because every tensor is passed over three times: drawn window by window as it is
+    asked for, or on a GPU at once.
     """
 
     def __init__(self, dare: Dare, tensor: str, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Walks over a tensor in main memory by the compiled loops of ``walks.py``, on all threads.
+"""Walks over a tensor by compiled loops: those of ``walks.py`` on all threads, or of a GPU.
 
 A walk is cut into pieces that threads take one after the other. What they count is whole numbers,
 and what they keep are values of which one is selected by rank, so nothing depends on who does which

@@ -1,7 +1,6 @@
 """Walks over a tensor on a GPU by the kernels of ``gpu_kernels.py``.
 
-Nothing is taken to the host but what a walk has counted and the few values it kept, and nothing
-waits before a walk is over.
+Nothing is taken to the host but what a walk has counted and the few values it kept.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ class OnGPU:
             lines = [own[k] if k < len(own) else None for own in rows for k in range(width)]
             table = [_NOTHING if line is None else line.table for line in lines]
             slots = torch.zeros((PROGRAMS, len(lines), 3), dtype=torch.int64, device=self._device)
-            tied = any(line.statistic.tied for line in lines if line is not None)
-            self._launch(kernel, self._moved(table), slots, *more, LINES=width, TIED=tied)
+            self._launch(kernel, self._moved(table), slots, *more, LINES=width)
             for line, counted in zip(lines, slots.sum(0).tolist(), strict=True):
                 if line is not None:
                     line.saw(*counted)
@@ -117,7 +115,7 @@ class OnGPU:
         ]
         factors = [0 if mask is None else 1 / mask.density for mask in aligned.masks]
         base = aligned.base[begin:end]
-        blocks, count = len(base) // BLOCK_ELEMENTS, len(base)
+        blocks, rest = divmod(len(base), BLOCK_ELEMENTS)
         inputs = (
             base,
             tuple(task[begin:end] for task in aligned.tasks),
@@ -127,10 +125,10 @@ class OnGPU:
         options = {"BLOCK": BLOCK_ELEMENTS, "num_warps": 1, "enable_fp_fusion": False, **more}
         with _current(device):
             if blocks:
-                whole = blocks * BLOCK_ELEMENTS
-                kernel[(PROGRAMS,)](*inputs, 0, whole, *given, WHOLE=True, **options)
-            if count > blocks * BLOCK_ELEMENTS:
-                kernel[(1,)](*inputs, blocks, count, *given, WHOLE=False, **options)
+                kernel[(PROGRAMS,)](*inputs, 0, blocks, len(base), *given, WHOLE=True, **options)
+            if rest:
+                place = blocks, blocks + 1, len(base)
+                kernel[(1,)](*inputs, *place, *given, WHOLE=False, **options)
 
     def _draw(
         self, key: int, upper: int, lower: int, count: int, device: torch.device
@@ -143,7 +141,14 @@ class OnGPU:
         halves = numpy.array(divmod(key, 1 << 64)[::-1], "u8").view("i8").tolist()
         with _current(device):
             gpu_masks.draw_mask[(-(-counters // COUNTERS),)](
-                bits, counters, self._moved(halves), upper, lower, BLOCK=COUNTERS, num_warps=1
+                bits,
+                counters,
+                self._moved(halves),
+                upper,
+                lower,
+                BLOCK=COUNTERS,
+                num_warps=1,
+                enable_fp_fusion=False,  # said, or some versions warn
             )
         return bits.view(torch.uint8)
 

@@ -45,17 +45,17 @@ _SMALL_BITS, _MIDDLE_BITS = (
 )
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["first", "last", "count"])
 def walk_magnitudes(
-    base, tasks, masks, factors, first, count, lines, slots, most,
-    LINES: tl.constexpr, TIED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    base, tasks, masks, factors, first, last, count, lines, slots, most,
+    LINES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the magnitudes of all tasks; ``most`` of each program is raised to the largest.
 
     Its bits, that is, which are in the order of the values.
     """
     own_slots = slots + tl.program_id(0) * (len(tasks) * LINES * 3)
-    for block in range(first + tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+    for block in range(first + tl.program_id(0), last, tl.num_programs(0)):
         start = block * tl.full((), BLOCK, tl.int64)
         inside = _inside(start, count, WHOLE, BLOCK)
         _, taus = _task_vectors(base, tasks, masks, factors, start, inside, BLOCK)
@@ -63,24 +63,24 @@ def walk_magnitudes(
         for task in tl.static_range(len(tasks)):
             values = tl.abs(taus[task])
             # The bits of NaN are above those of infinity, and those above all numbers'.
-            largest = tl.maximum(largest, values.to(tl.int32, bitcast=True))
+            largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & _MAGNITUDE)
             for line in tl.static_range(LINES):
-                _take(values, inside, lines, task * LINES + line, own_slots, slots, TIED, BLOCK)
+                _take(values, inside, lines, task * LINES + line, own_slots, slots, BLOCK)
         largest = tl.where(inside, largest, 0)
         tl.atomic_max(most + tl.program_id(0), tl.max(largest), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["first", "last", "count"])
 def walk_scores(
-    base, tasks, masks, factors, first, count, lines, slots, table, most,
-    LINES: tl.constexpr, TIED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    base, tasks, masks, factors, first, last, count, lines, slots, table, most,
+    LINES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the scores of all tasks; ``most`` of each program and task is raised to the largest.
 
     Its :func:`_pattern`, that is.
     """
     own_slots = slots + tl.program_id(0) * (len(tasks) * LINES * 3)
-    for block in range(first + tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+    for block in range(first + tl.program_id(0), last, tl.num_programs(0)):
         start = block * tl.full((), BLOCK, tl.int64)
         inside = _inside(start, count, WHOLE, BLOCK)
         _, taus = _task_vectors(base, tasks, masks, factors, start, inside, BLOCK)
@@ -90,12 +90,12 @@ def walk_scores(
             largest = tl.max(tl.where(inside, _pattern(scores), -_MAGNITUDE))
             tl.atomic_max(most + tl.program_id(0) * len(tasks) + task, largest, sem="relaxed")
             for line in tl.static_range(LINES):
-                _take(scores, inside, lines, task * LINES + line, own_slots, slots, TIED, BLOCK)
+                _take(scores, inside, lines, task * LINES + line, own_slots, slots, BLOCK)
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["first", "last", "count"])
 def walk_merge(
-    base, tasks, masks, factors, first, count, table, out, most,
+    base, tasks, masks, factors, first, last, count, table, out, most,
     NEAR: tl.constexpr, FROM_BASE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the base less the merged task vector, or, without ``FROM_BASE``, the latter alone.
@@ -103,7 +103,7 @@ def walk_merge(
     ``most`` of each program is raised to the bits of the largest magnitude written. ``NEAR`` says
     that no quotient, divisor or remainder of a weight underflows.
     """
-    for block in range(first + tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+    for block in range(first + tl.program_id(0), last, tl.num_programs(0)):
         start = block * tl.full((), BLOCK, tl.int64)
         inside = _inside(start, count, WHOLE, BLOCK)
         own, taus = _task_vectors(base, tasks, masks, factors, start, inside, BLOCK)
@@ -180,22 +180,7 @@ def _score(tau, total, inside, row):
     x = (_clamped(tau, row) - tl.load(row)) * tl.load(row + 2)
     z = tau * total
     size = tl.where(inside, z.to(tl.int32, bitcast=True) & _MAGNITUDE, 0)
-    return _near_power_of_two(x * x - tl.load(row + 3)) * _tanh(z, tl.max(size))
-
-
-@triton.jit
-def _near_power_of_two(y):
-    """:func:`_power_of_two` where it is not subnormal: exponents are added as integers."""
-    whole = y + _ROUNDING
-    fraction = y - (whole - _ROUNDING)
-    bits = _power_of_fraction(fraction).to(tl.int32, bitcast=True)
-    # The last bits of the rounded number are the whole part; the others are shifted out.
-    return (bits + (whole.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _power_of_fraction(f):
-    return (((((f * _C6 + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
+    return _power_of_two(x * x - tl.load(row + 3)) * _tanh(z, tl.max(size))
 
 
 @triton.jit
@@ -214,11 +199,14 @@ def _quotient(above, width, inverse, NEAR: tl.constexpr):
 
 @triton.jit
 def _power_of_two(y):
+    """As ``formulas.power_of_two_``: 2^fraction, to whose exponent the whole part is added."""
     y = tl.maximum(y, _LEAST)
-    whole = (y + _ROUNDING) - _ROUNDING
-    f = y - whole
-    bits = (whole.to(tl.int32) + 127) << 23
-    return _power_of_fraction(f) * bits.to(tl.float32, bitcast=True)
+    whole = y + _ROUNDING
+    f = y - (whole - _ROUNDING)
+    p = (((((f * _C6 + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
+    # The last bits of the rounded number are the whole part; the others are shifted out.
+    bits = p.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -245,7 +233,7 @@ def _pattern(values):
 
 
 @triton.jit
-def _take(values, inside, lines, line, own_slots, slots, TIED: tl.constexpr, BLOCK: tl.constexpr):
+def _take(values, inside, lines, line, own_slots, slots, BLOCK: tl.constexpr):
     """Count values below fences; keep those between them, or count these in cells.
 
     A line is low, high, whether ties count, shift and origin of cells, their address or 0, and
@@ -259,14 +247,13 @@ def _take(values, inside, lines, line, own_slots, slots, TIED: tl.constexpr, BLO
     within = above & (values < high)
     # At most 2^9 of a block each, so that three counts fit into one number.
     beside = (inside & (above == 0)).to(tl.int32) + (within.to(tl.int32) << 20)
-    if TIED:
+    if tl.load(row + 2) != 0:
         beside += (inside & (values < low)).to(tl.int32) << 10
     counted = tl.sum(beside)
     slot = own_slots + line * 3
     tl.atomic_add(slot, (counted & 0x3FF).to(tl.int64), sem="relaxed")
-    if TIED:
-        below = ((counted >> 10) & 0x3FF).to(tl.int64) * tl.load(row + 2)
-        tl.atomic_add(slot + 1, below, sem="relaxed")
+    if tl.load(row + 2) != 0:
+        tl.atomic_add(slot + 1, ((counted >> 10) & 0x3FF).to(tl.int64), sem="relaxed")
     if (counted >> 20) > 0:
         cells = tl.load(row + 5)
         if cells != 0:

@@ -272,6 +272,6 @@ def neighbour(value: float, towards: float, dtype: torch.dtype) -> float:
 def at_ranks(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
     """Those at 0-based ranks in ascending order of values that are all at hand."""
     if values.device.type != HOST:
-        found: list[float] = values.sort().values[list(ranks)].tolist()
+        found: list[float] = (values.sort().values[list(ranks)] + 0.0).tolist()
         return found
     return [_kth(values.numpy(), rank) for rank in ranks]

@@ -5,6 +5,7 @@ It is measured against torch's operations on the same device, bit by bit, on eve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,9 +25,12 @@ from mergekit_pcb.core.formulas import (
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.vectors import STRIP, Aligned, Scratch
 
-_WEIGHTS = -1.0, 0.5
-# Weights whose quotients may underflow, and others.
+# Ordinary ones, and such that what is divided is subnormal.
+_WEIGHTS = (-1.0, 0.5), (-1e-40, 5e-41)
+# Quotients of scores that may underflow, and others.
 _THRESHOLDS = 0.0, 2.0**-10
+# Walks in which a rank of a few numbers is found.
+_MOST_WALKS = 4
 
 
 def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> None:
@@ -42,13 +46,13 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
     parts = [[chunk.task_vector(task).clone() for task in range(2)] for chunk in chunks]
     taus = [torch.cat(own) for own in zip(*parts, strict=True)]
     right = _magnitudes_are_right(walked, taus)
-    for threshold in _THRESHOLDS:
+    for threshold, weights in itertools.product(_THRESHOLDS, _WEIGHTS):
         both = [Balance(0.0, 1.0, threshold, 1.0)] * 2
-        scores, opposite = _expected(taus, both)
+        scores, opposite = _expected(taus, both, weights)
         right &= walked.scores({}, both) == [float(own.max()) for own in scores]
         merged, found = torch.empty_like(base), torch.empty_like(opposite)
-        right &= walked.merge(both, 2, _WEIGHTS, merged)
-        walked.delta(both, 2, _WEIGHTS, 0, found)
+        right &= walked.merge(both, 2, weights, merged)
+        walked.delta(both, 2, weights, 0, found)
         right &= torch.equal(found, opposite)
         right &= torch.equal(merged, (base.float() - opposite).to(kind))
     if not right:
@@ -67,24 +71,26 @@ def _magnitudes_are_right(walked: Any, taus: list[torch.Tensor]) -> bool:
     ]
     for statistics in ([asked[0], asked[1]], [asked[2]]):
         waiting = list(statistics)
-        while waiting:  # counts in cells need a second look
-            if walked.magnitudes({0: waiting}) != largest:
+        for _ in range(_MOST_WALKS):  # counts in cells need a second look
+            if waiting and walked.magnitudes({0: waiting}) != largest:
                 return False
             found = [statistic.settle() for statistic in waiting]
             for statistic, value in zip(waiting, found, strict=True):
                 if value is not None and value != float(ordered[statistic.rank]):
                     return False
             waiting = [own for own, value in zip(waiting, found, strict=True) if value is None]
+        if waiting:
+            return False
     return True
 
 
 def _expected(
-    taus: list[torch.Tensor], balances: list[Balance]
+    taus: list[torch.Tensor], balances: list[Balance], weights: tuple[float, float]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The scores, and the weighted merge of the task vectors, by torch's operations."""
     total = taus[0] + taus[1]
     numerator, divisor, all_scores = torch.zeros_like(total), torch.zeros_like(total), []
-    for tau, balance, weight in zip(taus, balances, _WEIGHTS, strict=True):
+    for tau, balance, weight in zip(taus, balances, weights, strict=True):
         first, second, third = torch.empty((3, len(tau)), device=tau.device)
         clamped = magnitude(tau, balance, out=torch.empty_like(tau))
         scores = score(tau, clamped, total, balance, 2, out=first, scratch=(second, third))

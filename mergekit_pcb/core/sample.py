@@ -69,7 +69,7 @@ class Sample:
 
         ``values`` are those of the sample.
         """
-        if values is None:
+        if values is None or not len(values):
             return [{} for _ in ranks]
         size = values.numel()
         found = [places(rank, self._count, size) for rank in ranks]
@@ -80,7 +80,8 @@ class Sample:
         for first, last, bounded in ends:
             guess, low = Guess(), at[first]
             # Zeros: DARE's, of tensors that training left alone, of steps that were rounded off.
-            if 2 * int((values == low).sum()) > last - first:
+            # Below one at the end of the sample there may be more, but nothing below 0.
+            if (bounded or low == 0) and 2 * int((values == low).sum()) > last - first:
                 guess["tied"], guess["low"] = True, low
             elif bounded:  # a step outwards, because a few elements may share the value of a fence
                 guess["low"] = neighbour(low, -math.inf, values.dtype)
