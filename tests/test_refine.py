@@ -1,5 +1,6 @@
 """`refine: solve` and `spectrum`: the mathematics, against float64, an inverse and an SVD."""
 
+import functools
 import math
 
 import pytest
@@ -165,11 +166,26 @@ def test_bits_do_not_depend_on_chunks(layout, dare):
         assert same(bits(layout, tensors, dare=dare), whole)
 
 
+@functools.cache
+def products_keep_their_bits():
+    """Whether BLAS adds up alike on any number of threads; on some processors it does not."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    square, rows = (torch.randn(90, n, generator=generator) for n in (90, 300))
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.ones(90, 300).addmm_(square, rows, alpha=0.3))
+    finally:
+        torch.set_num_threads(before)
+    return all(torch.equal(found[0], other) for other in found[1:])
+
+
 @pytest.mark.parametrize(
     "layout", [Layout(1, 700, 500), Layout(1, 200, 600), Layout(2, 90, 300, True)]
 )
 @pytest.mark.parametrize("kind", ["full", "rank2"])
-def test_the_solve_does_not_depend_on_threads(layout, kind):
+def test_the_solve_depends_on_threads_no_more_than_products_do(layout, kind):
     tensors = models(layout, kind=kind)
     aligned, statistics = prepared(tensors)
     own, before = refine.Refinement(layout, 0.1, 1.0), torch.get_num_threads()
@@ -184,7 +200,10 @@ def test_the_solve_does_not_depend_on_threads(layout, kind):
     finally:
         torch.set_num_threads(before)
     for merged, total in zip(found[2::2], found[3::2], strict=True):
-        assert torch.equal(merged, found[0])
+        if products_keep_their_bits():
+            assert torch.equal(merged, found[0])
+        delta = found[0] - aligned.base
+        assert (merged - found[0]).norm() <= 1e-5 * delta.norm()
         assert torch.equal(total, found[1])
 
 

@@ -318,6 +318,8 @@ def _against_the_paper(records: Sequence[Record]) -> Iterable[str]:
     for ahead, behind in itertools.combinations(PAPER_ORDER, 2):
         for setting, rows in ways.items():
             found = dict(_by_method(records, rows))
+            if not {ahead, behind} <= found.keys():
+                continue
             leads = _leads(found[ahead], found[behind])
             right, lead = sum(own > 0 for own in leads), _lead(records[0].metric, leads)
             if lead.endswith("*") and statistics.mean(leads) > 0:

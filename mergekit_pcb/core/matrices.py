@@ -183,8 +183,8 @@ def mirror_(gram: torch.Tensor) -> None:
 def cholesky_(gram: torch.Tensor) -> bool:
     """Put the lower Cholesky factor in the lower half of a matrix; whether it has one.
 
-    LAPACK's own rounds by the number of its threads, but for small blocks; those, products and
-    triangular solves do not. (Golub and Van Loan, Matrix Computations, 4.2.6.)
+    LAPACK's own rounds by the number of its threads, but for small blocks; those, triangular solves
+    and, on most processors, products do not. (Golub and Van Loan, Matrix Computations, 4.2.6.)
     """
     failed = torch.zeros((), dtype=torch.int32, device=gram.device)
     for first in range(0, len(gram), FACTOR_BLOCK):
