@@ -135,7 +135,7 @@ ARROWS = {
         "host.inputs",
         "host.statistics_file",
     },
-    "host.multi_gpu": {"host.nodes"},
+    "host.multi_gpu": {"host.nodes", "host.planning"},
     "host.nodes": {
         "core.rules",
         "host.groups",

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from mergekit_pcb.host.nodes import MergeTensor
+from mergekit_pcb.host.planning import expect
 
 _WRAPPED = "collects_all_for_mergekit_pcb"
 
@@ -35,6 +36,7 @@ def wrap_executor(module: ModuleType) -> None:
     original = executor.__init__
     if hasattr(original, _WRAPPED):
         return
+    expect(original, ["self", "targets", "num_gpus", "storage_device"])
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - that is its name

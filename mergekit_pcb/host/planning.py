@@ -49,8 +49,8 @@ def wrap_planner(module: ModuleType) -> None:
     original = planner._plan
     if hasattr(original, _WRAPPED):
         return
-    _expect(original, ["self"])
-    _expect(planner.__init__, ["self", "config", "arch_info", "options", "out_model_config"])
+    expect(original, ["self"])
+    expect(planner.__init__, ["self", "config", "arch_info", "options", "out_model_config"])
 
     @functools.wraps(original)
     def _plan(self: Any) -> None:
@@ -74,7 +74,7 @@ def wrap_raw_planner(module: ModuleType) -> None:
     original: Callable[..., list[Task[Any]]] = module.plan_flat_merge
     if hasattr(original, _WRAPPED):
         return
-    _expect(original, ["config", "out_path", "tensor_union", "tensor_intersection", "options"])
+    expect(original, ["config", "out_path", "tensor_union", "tensor_intersection", "options"])
 
     @functools.wraps(original)
     def plan_flat_merge(
@@ -107,7 +107,7 @@ def wrap_raw_planner(module: ModuleType) -> None:
     module.plan_flat_merge = plan_flat_merge  # type: ignore[attr-defined]
 
 
-def _expect(function: Callable[..., Any], parameters: list[str]) -> None:
+def expect(function: Callable[..., Any], parameters: list[str]) -> None:
     """Make sure that the host is the one this module was written for."""
     found = list(inspect.signature(function).parameters)
     if found != parameters:
