@@ -78,8 +78,9 @@ ARROWS = {
     "core.sample": {"core.ranks", "core.vectors"},
     "core.merge": {"core.formulas", "core.fused", "core.measure", "core.vectors"},
     "core.matrices": {"core.vectors"},
-    "core.spectrum": {"core.matrices"},
-    "core.solve": {"core.matrices", "core.measure", "core.merge"},
+    "core.products": set(),
+    "core.spectrum": {"core.matrices", "core.products"},
+    "core.solve": {"core.matrices", "core.measure", "core.merge", "core.products"},
     "core.refine": {
         "core.matrices",
         "core.measure",

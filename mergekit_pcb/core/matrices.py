@@ -18,9 +18,6 @@ from mergekit_pcb.core.vectors import Aligned, Chunk, Scratch
 BLOCK_ROWS = (256, 1024)
 BLOCK_ELEMENTS = 1 << 23
 NORM_ELEMENTS = 1 << 22
-# Symmetric products are computed in columns of tiles, of which only those below the diagonal.
-TILE = 512
-FACTOR_BLOCK = 128
 # torch adds up so many values in one thread, and so in one order.
 PIECE_ELEMENTS = 1 << 15
 
@@ -161,41 +158,3 @@ def _norms_of_pieces(flat: torch.Tensor) -> list[torch.Tensor]:
 
 def _joined(pieces: Sequence[torch.Tensor]) -> float:
     return math.hypot(*torch.stack(list(pieces)).tolist())
-
-
-def add_gram_(gram: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> None:
-    """Add ``scale · rowsᵀ rows`` to the tiles of a symmetric matrix that touch its lower half."""
-    for first in range(0, len(gram), TILE):
-        tile = rows[:, first : first + TILE]
-        part = gram[first:, first : first + TILE]
-        part.addmm_(rows[:, first:].T, tile, alpha=scale)
-
-
-def mirror_(gram: torch.Tensor) -> None:
-    """Make the upper half of a matrix what its lower half is."""
-    for first in range(0, len(gram), TILE):
-        last = first + TILE
-        corner = gram[first:last, first:last]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-        gram[first:last, last:] = gram[last:, first:last].T
-
-
-def cholesky_(gram: torch.Tensor) -> bool:
-    """Put the lower Cholesky factor in the lower half of a matrix; whether it has one.
-
-    LAPACK's own rounds by the number of its threads, but for small blocks; those, triangular solves
-    and, on most processors, products do not. (Golub and Van Loan, Matrix Computations, 4.2.6.)
-    """
-    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
-    for first in range(0, len(gram), FACTOR_BLOCK):
-        last = first + FACTOR_BLOCK
-        column = gram[first:, first:last]
-        if first:
-            column.addmm_(gram[first:, :first], gram[first:last, :first].T, alpha=-1)
-        corner, info = torch.linalg.cholesky_ex(gram[first:last, first:last])
-        gram[first:last, first:last] = corner
-        failed |= info
-        if last < len(gram):
-            below = gram[last:, first:last]
-            below.copy_(torch.linalg.solve_triangular(corner.T, below, upper=True, left=False))
-    return not int(failed)

@@ -16,16 +16,22 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mergekit_pcb.core.matrices import Layout, Matrix, Norms, add_gram_, cholesky_, mirror_
+from mergekit_pcb.core.matrices import Layout, Matrix, Norms
 from mergekit_pcb.core.measure import Statistics
 from mergekit_pcb.core.merge import delta
+from mergekit_pcb.core.products import (
+    add_gram_,
+    add_product_,
+    cholesky_,
+    divide_,
+    mirror_,
+    product,
+)
 
 # Rounding moves the solution by some four times eps · ‖A‖ / e (in float32 then 3e-4 of its norm at
 # most); where the largest eigenvalue is further above the ridge, all is computed in float64.
 LARGEST_CONDITION = 1 << 10
 POWER_STEPS = 8
-# Rows that are solved for at a time.
-SOLVED_ROWS = 1024
 
 
 class NotSolvableError(Exception):
@@ -108,7 +114,7 @@ def _solved(
     if not cholesky_(ridged):
         raise NotSolvableError(matrix.aligned.name, "its ridge is lost in rounding")
     for result in results:
-        _divide_(matrix.view(result), ridged)
+        divide_(matrix.view(result), ridged)
     return results
 
 
@@ -144,9 +150,9 @@ def _add(
     for rows, tau in whole or blocks():
         if left:
             add_gram_(gram, tau)
-        product = (own, tau) if left else (tau, own)
+        factors = (own, tau) if left else (tau, own)
         for weight, result in zip(weights, results, strict=True):
-            matrix.view(result)[rows].addmm_(*product, alpha=weight)
+            add_product_(matrix.view(result)[rows], *factors, weight)
     return True
 
 
@@ -155,7 +161,7 @@ def _largest_eigenvalue(gram: torch.Tensor) -> float:
     vector = gram.abs().sum(1, keepdim=True)
     length = 0.0
     for _ in range(POWER_STEPS):
-        vector = gram @ vector.div_(torch.linalg.vector_norm(vector))
+        vector = product(gram, vector.div_(torch.linalg.vector_norm(vector)))
         length = float(torch.linalg.vector_norm(vector))
     return length
 
@@ -170,10 +176,3 @@ def _blocks(
     for rows, begin, end in blocks:
         tau = matrix.task_vector(task, begin, buffer[: end - begin])
         yield rows, matrix.view(tau.mul_(scale))
-
-
-def _divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply by the inverse of ``factor factorᵀ`` from the right, in place."""
-    for part in torch.split(rows, SOLVED_ROWS):
-        half = torch.linalg.solve_triangular(factor.T, part, upper=True, left=False)
-        part.copy_(torch.linalg.solve_triangular(factor, half, upper=False, left=False))

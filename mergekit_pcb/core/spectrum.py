@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from mergekit_pcb.core.matrices import add_gram_, mirror_, norm
+from mergekit_pcb.core.matrices import norm
+from mergekit_pcb.core.products import add_gram_, mirror_
 
 # A direction that is weaker than this part of the strongest is raised no more than one that is
 # not: so small a one may be the rounding of the solve, or what low-rank tasks left alone.

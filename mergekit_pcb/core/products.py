@@ -1,0 +1,167 @@
+"""Products, factors and quotients of matrices, to the same bits on any number of threads.
+
+On some processors BLAS and LAPACK add up in an order that depends on how many threads they use.
+So a result is cut into tiles by its shape alone, and each tile is the work of one thread. A device
+is given larger pieces, one after the other: what runs side by side there is its library's choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+
+HOST = "cpu"
+# Of a tile: with fewer BLAS gets slower, with more some threads get nothing to do.
+ROWS, COLUMNS = 256, 512
+# Columns of a matrix that are factored at a time.
+FACTOR_BLOCK = 256
+# What a device gets at a time; its memory is to hold a copy.
+DEVICE_ROWS = 4096
+
+
+def add_product_(
+    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0
+) -> None:
+    """Add ``scale · left @ right`` to a matrix."""
+    _do(out.device, _products(out, left, right, scale))
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right``, a new matrix."""
+    out = left.new_zeros((len(left), right.shape[1]))
+    add_product_(out, left, right)
+    return out
+
+
+def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add ``rowsᵀ rows`` to the tiles of a symmetric matrix that touch its lower half."""
+    strips = (
+        _products(gram[part.start :, part], rows[:, part.start :].T, rows[:, part], 1.0)
+        for part in _slices(len(gram), COLUMNS)
+    )
+    _do(gram.device, itertools.chain.from_iterable(strips))
+
+
+def mirror_(gram: torch.Tensor) -> None:
+    """Make the upper half of a matrix what its lower half is."""
+    for part in _slices(len(gram), COLUMNS):
+        corner = gram[part, part]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        gram[part, part.stop :] = gram[part.stop :, part].T
+
+
+def cholesky_(gram: torch.Tensor) -> bool:
+    """Put the lower Cholesky factor in the lower half of a matrix; whether it has one.
+
+    By blocks of columns (Golub and Van Loan, Matrix Computations, 4.2.6).
+    """
+    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
+    for part in _slices(len(gram), FACTOR_BLOCK):
+        corner, beside = gram[part, part], gram[part, : part.start]
+        below, known = gram[part.stop :, part], gram[part.stop :, : part.start]
+        _do(gram.device, [functools.partial(_corner_, corner, beside, failed)])
+        _do(
+            gram.device,
+            [
+                functools.partial(_below_, below[down], known[down], corner, beside)
+                for down in _heights(below)
+            ],
+        )
+    return not int(failed)
+
+
+def divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply by the inverse of ``factor factorᵀ`` from the right, in place."""
+    _do(rows.device, [functools.partial(_divide_, rows[part], factor) for part in _heights(rows)])
+
+
+def _divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
+    _quotient_(rows, factor.T, upper=True)
+    _quotient_(rows, factor, upper=False)
+
+
+def _corner_(corner: torch.Tensor, beside: torch.Tensor, failed: torch.Tensor) -> None:
+    """Factor a block on the diagonal, what stands left of it being known."""
+    found, info = torch.linalg.cholesky_ex(corner.addmm_(beside, beside.T, alpha=-1))
+    corner.copy_(found)
+    failed.bitwise_or_(info)
+
+
+def _below_(
+    rows: torch.Tensor, known: torch.Tensor, corner: torch.Tensor, beside: torch.Tensor
+) -> None:
+    """The same for rows below a block."""
+    _quotient_(rows.addmm_(known, beside.T, alpha=-1), corner.T, upper=True)
+
+
+def _quotient_(rows: torch.Tensor, triangle: torch.Tensor, *, upper: bool) -> None:
+    """Multiply by the inverse of a triangular matrix from the right, in place."""
+    torch.linalg.solve_triangular(triangle, rows, upper=upper, left=False, out=rows)
+
+
+def _products(
+    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+) -> Iterator[Callable[[], object]]:
+    """What adds each tile of a product; on a device, all of it."""
+    columns = COLUMNS if out.device.type == HOST else out.shape[1]
+    for across in _slices(out.shape[1], columns):
+        for down in _heights(out):
+            yield functools.partial(
+                out[down, across].addmm_, left[down], right[:, across], alpha=scale
+            )
+
+
+def _heights(matrix: torch.Tensor) -> list[slice]:
+    """Rows that are the work of one thread, or of a device at a time."""
+    return _slices(len(matrix), ROWS if matrix.device.type == HOST else DEVICE_ROWS)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, length)) for at in range(0, length, size)]
+
+
+def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
+    """Do what does not depend on one another, on the host each by a thread that works alone."""
+    if device.type != HOST:
+        for job in jobs:
+            job()
+        return
+    workers, inference = _workers(torch.get_num_threads()), torch.is_inference_mode_enabled()
+
+    def alone(job: Callable[[], object]) -> None:
+        with torch.inference_mode(inference):  # a mode is of its thread
+            job()
+
+    begun = [workers.submit(alone, job) for job in jobs]
+    wait(begun)
+    for one in begun:
+        one.result()
+
+
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads, each of which torch and BLAS use by itself."""
+    begun = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # sets it, the first time in a thread
+        torch.set_num_threads(1)  # of this thread, but also of all that have not begun yet
+        begun.wait()
+
+    workers = ThreadPoolExecutor(count, "products", begin)
+    for _ in range(count):
+        workers.submit(bool)
+    begun.wait()
+    torch.set_num_threads(count)  # as it was, for those that begin from here on
+    return workers
+
+
+# A forked child has none of its parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)
