@@ -9,7 +9,7 @@ from conftest import pieces
 from reference import dare_factors, evened, refined
 from reference import pcb as reference
 
-from mergekit_pcb.core import matrices, products, refine, solve, spectrum, vectors
+from mergekit_pcb.core import matrices, pools, products, refine, solve, spectrum, vectors
 from mergekit_pcb.core.matrices import Layout, Matrix
 from mergekit_pcb.core.measure import OutOfRangeError, Recipe, measure_together
 from mergekit_pcb.core.vectors import Aligned
@@ -209,6 +209,18 @@ def test_a_product_is_made_by_threads_of_their_own():
             assert seen[-1] == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_device_gets_products_in_one_piece(monkeypatch):
+    layout = Layout(1, 700, 600)
+    tensors = models(layout)
+    aligned, statistics = prepared(tensors)
+    own = refine.Refinement(layout, 0.1, 1.0)
+    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own)
+    monkeypatch.setattr(products, "HOST", "none")
+    monkeypatch.setattr(pools, "alone", None)
+    at_once = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own)
+    assert_close(at_once, merged, aligned.base, 1e-5)
 
 
 def test_products_in_inference_mode():

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy
 import torch
+
+from mergekit_pcb.core import pools
 
 #: Recorded with statistics that were measured under it.
 GENERATOR: Final = "Philox4x64-10 keyed by BLAKE2b"
@@ -134,7 +134,7 @@ class Mask:
         ]
         if self._count <= PIECE_ELEMENTS or torch.get_num_threads() == 1:
             return [functools.partial(self._piece, piece) for piece in pieces]
-        threads = pool("masks", torch.get_num_threads())
+        threads = pools.pool("masks", torch.get_num_threads())
         return [threads.submit(self._piece, piece).result for piece in pieces]
 
     def _piece(self, piece: tuple[int, int]) -> Any:
@@ -201,17 +201,6 @@ def unpack(packed: Any, skipped: int, *, out: torch.Tensor) -> torch.Tensor:
         moved = torch.from_numpy(packed).to(out.device)
         bits = ((moved[:, None] >> shifts) & 1).view(-1)
     return out.copy_(bits[skipped : skipped + len(out)])
-
-
-@functools.cache
-def pool(purpose: str, threads: int) -> ThreadPoolExecutor:
-    """Threads of one purpose alone: a walk waits for masks, and neither may wait for itself."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=purpose)
-
-
-# A forked child has none of its parent's threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 @functools.lru_cache(maxsize=16)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from mergekit_pcb.core import dare, ranks, rehearsal
+from mergekit_pcb.core import dare, pools, ranks, rehearsal
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
 from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU
 from mergekit_pcb.core.threads import Lines, Open, Room
@@ -254,7 +254,7 @@ class Fused:
             work(room, pieces())
 
         helpers = min(threads, -(-(end - begin) // size)) - 1
-        others = [dare.pool("walks", threads).submit(run) for _ in range(helpers)]
+        others = [pools.pool("walks", threads).submit(run) for _ in range(helpers)]
         try:
             run()
             for other in others:

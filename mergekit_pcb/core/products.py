@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 
 import torch
+
+from mergekit_pcb.core import pools
 
 HOST = "cpu"
 # Of a tile: with fewer BLAS gets slower, with more some threads get nothing to do.
@@ -132,7 +132,7 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         for job in jobs:
             job()
         return
-    workers, inference = _workers(torch.get_num_threads()), torch.is_inference_mode_enabled()
+    workers, inference = pools.alone(torch.get_num_threads()), torch.is_inference_mode_enabled()
 
     def alone(job: Callable[[], object]) -> None:
         with torch.inference_mode(inference):  # a mode is of its thread
@@ -142,26 +142,3 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
     wait(begun)
     for one in begun:
         one.result()
-
-
-@functools.cache
-def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads, each of which torch and BLAS use by itself."""
-    begun = threading.Barrier(count + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # sets it, the first time in a thread
-        torch.set_num_threads(1)  # of this thread, but also of all that have not begun yet
-        begun.wait()
-
-    workers = ThreadPoolExecutor(count, "products", begin)
-    for _ in range(count):
-        workers.submit(bool)
-    begun.wait()
-    torch.set_num_threads(count)  # as it was, for those that begin from here on
-    return workers
-
-
-# A forked child has none of its parent's threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)
