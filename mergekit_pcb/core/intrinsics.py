@@ -140,15 +140,17 @@ def first_of(_context, bits):
 
 
 @intrinsic
-def upper_half(_context, a, b):
-    """The upper 64 bits of a product of 128."""
+def whole_product(_context, a, b):
+    """The upper and the lower 64 bits of a product, by one instruction."""
 
-    def generate(_context, builder, _signature, arguments):
-        wide = ir.IntType(128)
+    def generate(context, builder, signature, arguments):
+        wide, narrow = ir.IntType(128), ir.IntType(64)
         product = builder.mul(*(builder.zext(argument, wide) for argument in arguments))
-        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+        upper = builder.lshr(product, ir.Constant(wide, 64))
+        halves = [builder.trunc(half, narrow) for half in (upper, product)]
+        return context.make_tuple(builder, signature.return_type, halves)
 
-    return types.uint64(types.uint64, types.uint64), generate
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
 
 
 def wide(value):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from mergekit_pcb.core.dare import MULTIPLIERS, ROUNDS, WEYL
-from mergekit_pcb.core.intrinsics import kept_on_disk, upper_half, words_below, words_equal
+from mergekit_pcb.core.intrinsics import kept_on_disk, whole_product, words_below, words_equal
 from mergekit_pcb.core.vectors import STRIP
 
 _MULTIPLIERS = tuple(map(numpy.uint64, MULTIPLIERS))
@@ -34,8 +34,8 @@ def compare(
             c0, c1, c2, c3 = low, high, numpy.uint64(0), numpy.uint64(0)
             a, b = k0, k1
             for _ in range(ROUNDS):
-                high0, low0 = upper_half(_MULTIPLIERS[0], c0), _MULTIPLIERS[0] * c0
-                high1, low1 = upper_half(_MULTIPLIERS[1], c2), _MULTIPLIERS[1] * c2
+                high0, low0 = whole_product(_MULTIPLIERS[0], c0)
+                high1, low1 = whole_product(_MULTIPLIERS[1], c2)
                 c0, c1, c2, c3 = high1 ^ c1 ^ a, low1, high0 ^ c3 ^ b, low0
                 a, b = a + _WEYL[0], b + _WEYL[1]
             numbers[place], numbers[place + 1] = c0, c1
