@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_a_product_is_made_by_threads_of_their_own():
         torch.set_num_threads(before)
 
 
-def test_a_device_gets_products_in_one_piece(monkeypatch):
+def test_a_device_gets_products_by_whole_rows(monkeypatch):
     layout = Layout(1, 700, 600)
     tensors = models(layout)
     aligned, statistics = prepared(tensors)
@@ -223,16 +224,70 @@ def test_a_device_gets_products_in_one_piece(monkeypatch):
     assert_close(at_once, merged, aligned.base, 1e-5)
 
 
-def test_products_in_inference_mode():
+def test_threads_that_begin_together_keep_their_number():
+    """What torch is told in one thread counts for those that have not begun."""
+    count, seen = torch.get_num_threads(), []
+    pools._forget()
+    together = threading.Barrier(8)
+
+    def one():
+        together.wait()
+        products.product(torch.ones(2, 2), torch.ones(2, 2))
+        seen.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pools._alone) == 1
+    assert seen == [count] * 8
+    assert torch.get_num_threads() == count
+
+
+def test_a_thread_that_cannot_begin_leaves_none_waiting(monkeypatch):
+    pools._forget()
+    begin, begun = threading.Thread.start, []
+
+    def start(thread):
+        begun.append(thread)
+        if len(begun) == 3:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            pools.alone(2)
+    for thread in begun[:2]:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert pools.alone(2).submit(torch.get_num_threads).result() == 1
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_caller_s_mode_changes_nothing(mode):
     layout = LAYOUTS["square"]
     aligned, statistics = prepared(models(layout))
-    own = refine.Refinement(layout, 0.1, 1.0)
-    merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own)
-    with torch.inference_mode():
-        assert torch.equal(refine.merge(aligned, statistics, [1.0] * 3, 1.0, own), merged)
+    own = refine.Refinement(layout, 0.1, 0.5)
+    vectors._thread.__dict__.clear()
+    with mode():
+        merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own)
+    assert torch.equal(refine.merge(aligned, statistics, [1.0] * 3, 1.0, own), merged)
 
 
-def test_a_job_that_fails_ends_all_and_is_told():
+def test_a_gradient_is_the_same_under_autocast():
+    matrix = torch.randn(6, 4, requires_grad=True)
+    weights = torch.randn(6, 4)
+    (plain,) = torch.autograd.grad((spectrum.even(matrix, 0.5) * weights).sum(), matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad((spectrum.even(matrix, 0.5) * weights).sum(), matrix)
+    assert torch.equal(found, plain)
+
+
+def test_a_job_that_fails_is_told_when_all_have_ended():
     ended = []
 
     def fails():
@@ -241,6 +296,35 @@ def test_a_job_that_fails_ends_all_and_is_told():
     with pytest.raises(MemoryError, match="no room"):
         products._do(torch.device("cpu"), [fails, *[lambda: ended.append(1)] * 5])
     assert len(ended) == 5
+
+
+def test_what_was_stopped_goes_on_no_more():
+    begun = []
+
+    def jobs():
+        for number in range(100):
+            yield lambda number=number: (begun.append(number), time.sleep(0.01))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        products._do(torch.device("cpu"), jobs())
+    found = len(begun)
+    assert found < 100
+    time.sleep(0.1)
+    assert len(begun) == found
+
+
+def test_a_product_is_not_differentiated():
+    rows = torch.ones(3, 2, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(products.product(rows, rows.T), 2 * torch.ones(3, 3))
+
+
+def test_nothing_is_a_product_of_nothing(monkeypatch):
+    for host in ("cpu", "none"):
+        monkeypatch.setattr(products, "HOST", host)
+        assert products.product(torch.zeros(3, 2), torch.zeros(2, 0)).shape == (3, 0)
+        assert products.product(torch.zeros(0, 2), torch.zeros(2, 3)).shape == (0, 3)
 
 
 def test_a_task_that_changed_nothing_takes_no_part():

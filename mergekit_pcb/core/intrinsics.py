@@ -141,7 +141,7 @@ def first_of(_context, bits):
 
 @intrinsic
 def whole_product(_context, a, b):
-    """The upper and the lower 64 bits of a product, by one instruction."""
+    """The upper and the lower 64 bits of one product."""
 
     def generate(context, builder, signature, arguments):
         wide, narrow = ir.IntType(128), ir.IntType(64)

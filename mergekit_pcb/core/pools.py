@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -16,24 +17,57 @@ def pool(purpose: str, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=purpose)
 
 
-@functools.cache
 def alone(count: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch and its BLAS use no other; ``count`` is the caller's own."""
-    begun = threading.Barrier(count + 1)
+    """Threads in each of which torch and its BLAS use no other."""
+    with _building:
+        if count not in _alone:
+            _alone[count] = _begun(count)
+        return _alone[count]
+
+
+_alone: dict[int, ThreadPoolExecutor] = {}
+_building = threading.Lock()
+
+
+def _begun(count: int) -> ThreadPoolExecutor:
+    """What torch is told in a thread counts for that thread and for all that have not begun yet.
+
+    For these it is told otherwise again, by one more thread, right after.
+    """
+    started, told = threading.Barrier(count), threading.Barrier(count + 1)
+    inherited = []
 
     def begin() -> None:
-        torch.get_num_threads()  # sets it, the first time in a thread
-        torch.set_num_threads(1)  # of this thread, but also of all that have not begun yet
-        begun.wait()
+        inherited.append(torch.get_num_threads())  # and sets it, the first time in a thread
+        started.wait()
+        torch.set_num_threads(1)
+        told.wait()
 
-    workers = ThreadPoolExecutor(count, "alone", begin)
-    for _ in range(count):
-        workers.submit(bool)
-    begun.wait()
-    torch.set_num_threads(count)  # as it was, for those that begin from here on
+    def tell_others() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            told.wait()
+            torch.set_num_threads(inherited[0])
+
+    workers, last = ThreadPoolExecutor(count, "alone", begin), threading.Thread(target=tell_others)
+    try:
+        last.start()
+        for _ in range(count):
+            workers.submit(bool)
+    except BaseException:
+        started.abort()
+        told.abort()
+        workers.shutdown(wait=False)
+        raise
+    last.join()
     return workers
 
 
+def _forget() -> None:
+    global _building
+    _building = threading.Lock()
+    _alone.clear()
+    pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    for kept in (pool, alone):
-        os.register_at_fork(after_in_child=kept.cache_clear)
+    os.register_at_fork(after_in_child=_forget)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -108,8 +108,8 @@ def _quotient_(rows: torch.Tensor, triangle: torch.Tensor, *, upper: bool) -> No
 def _products(
     out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
 ) -> Iterator[Callable[[], object]]:
-    """What adds each tile of a product; on a device, all of it."""
-    columns = COLUMNS if out.device.type == HOST else out.shape[1]
+    """What adds each tile of a product; on a device, whole rows."""
+    columns = COLUMNS if out.device.type == HOST else max(1, out.shape[1])
     for across in _slices(out.shape[1], columns):
         for down in _heights(out):
             yield functools.partial(
@@ -134,11 +134,18 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         return
     workers, inference = pools.alone(torch.get_num_threads()), torch.is_inference_mode_enabled()
 
-    def alone(job: Callable[[], object]) -> None:
-        with torch.inference_mode(inference):  # a mode is of its thread
+    def in_mode(job: Callable[[], object]) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # modes are of their thread
             job()
 
-    begun = [workers.submit(alone, job) for job in jobs]
-    wait(begun)
+    begun: list[Future[None]] = []
+    try:
+        begun.extend(workers.submit(in_mode, job) for job in jobs)
+        wait(begun)
+    except BaseException:  # nothing writes any more when a merge was stopped
+        for one in begun:
+            one.cancel()
+        wait(begun)
+        raise
     for one in begun:
         one.result()

@@ -45,8 +45,14 @@ def even(rows: torch.Tensor, exponent: float) -> torch.Tensor:
 def even_(rows: torch.Tensor, exponent: float) -> torch.Tensor:
     """:func:`even` in the memory of ``rows``; beyond it: :func:`working_elements`."""
     if exponent != 1 and rows.numel():
-        _even_(rows if rows.shape[0] >= rows.shape[1] else rows.T, exponent)
+        with _as_it_is(rows):
+            _even_(rows if rows.shape[0] >= rows.shape[1] else rows.T, exponent)
     return rows
+
+
+def _as_it_is(rows: torch.Tensor) -> torch.autocast:
+    """Without autocast, which would compute products in a lower precision."""
+    return torch.autocast(rows.device.type, enabled=False)
 
 
 def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,17 +97,23 @@ class _Even(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, exponent: float) -> torch.Tensor:
         evened = rows.detach().clone()
-        values, factors, right = _even_(evened, exponent)
+        with _as_it_is(rows):
+            values, factors, right = _even_(evened, exponent)
         ctx.exponent = exponent
         ctx.save_for_backward(rows.detach(), evened, values, factors, right)
         return evened
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        with _as_it_is(gradient):
+            return _Even._backward(ctx, gradient), None
+
+    @staticmethod
+    def _backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         rows, evened, values, factors, right = ctx.saved_tensors
         square = (rows * rows).sum()
         if not square:
-            return gradient, None
+            return gradient
         # evened = ‖rows‖ / ‖h‖ · h, where h has the singular values times their factors.
         raised = values * factors
         along = (gradient * evened).sum() / square
@@ -125,7 +137,8 @@ class _Even(torch.autograd.Function):
         outside = inner - left @ (left.T @ inner) - below @ right.T
         slope_at_zero = FLOOR ** (ctx.exponent - 1)
         found = left @ (inside @ right.T + factors[:, None] * beside) + (below * factors) @ right.T
-        return found + slope_at_zero * outside + along * rows, None
+        whole: torch.Tensor = found + slope_at_zero * outside + along * rows
+        return whole
 
 
 def flops(rows: int, columns: int) -> int:

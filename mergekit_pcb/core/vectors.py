@@ -152,7 +152,8 @@ class Scratch:
         key, size = (name, like.device), like.numel()
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=self.dtype, device=like.device)
+            with torch.inference_mode(False):  # or none but that mode could write to it
+                buffer = torch.empty(size, dtype=self.dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer[:size]
 
