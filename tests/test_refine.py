@@ -172,10 +172,11 @@ def test_bits_do_not_depend_on_chunks(layout, dare):
     [Layout(1, 700, 500), Layout(1, 200, 600), Layout(2, 90, 300, True), Layout(1, 64, 64)],
 )
 @pytest.mark.parametrize("kind", ["full", "rank2"])
-def test_the_solve_does_not_depend_on_threads(layout, kind):
+@pytest.mark.parametrize("exponent", [1.0, None, 0.0])
+def test_a_refined_merge_does_not_depend_on_threads(layout, kind, exponent):
     tensors = models(layout, kind=kind)
     aligned, statistics = prepared(tensors)
-    own, before = refine.Refinement(layout, 0.1, 1.0), torch.get_num_threads()
+    own, before = refine.Refinement(layout, 0.1, exponent), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
@@ -219,7 +220,7 @@ def test_a_device_gets_products_by_whole_rows(monkeypatch):
     own = refine.Refinement(layout, 0.1, 1.0)
     merged = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own)
     monkeypatch.setattr(products, "HOST", "none")
-    monkeypatch.setattr(pools, "alone", None)
+    monkeypatch.setattr(pools, "of", None)
     at_once = refine.merge(aligned, statistics, [1.0] * 3, 1.0, own)
     assert_close(at_once, merged, aligned.base, 1e-5)
 
@@ -240,7 +241,7 @@ def test_threads_that_begin_together_keep_their_number():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(pools._alone) == 1
+    assert len(pools._begun) == 1
     assert seen == [count] * 8
     assert torch.get_num_threads() == count
 
@@ -258,11 +259,11 @@ def test_a_thread_that_cannot_begin_leaves_none_waiting(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(RuntimeError, match="new thread"):
-            pools.alone(2)
+            pools.of(2, 1)
     for thread in begun[:2]:
         thread.join(60)
         assert not thread.is_alive()
-    assert pools.alone(2).submit(torch.get_num_threads).result() == 1
+    assert pools.of(2, 1).submit(torch.get_num_threads).result() == 1
 
 
 @pytest.mark.parametrize(

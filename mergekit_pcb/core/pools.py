@@ -17,19 +17,19 @@ def pool(purpose: str, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=purpose)
 
 
-def alone(count: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch and its BLAS use no other."""
+def of(count: int, each: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch and its BLAS use so many: 1 is the thread itself."""
     with _building:
-        if count not in _alone:
-            _alone[count] = _begun(count)
-        return _alone[count]
+        if (count, each) not in _begun:
+            _begun[count, each] = _begin(count, each)
+        return _begun[count, each]
 
 
-_alone: dict[int, ThreadPoolExecutor] = {}
+_begun: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _building = threading.Lock()
 
 
-def _begun(count: int) -> ThreadPoolExecutor:
+def _begin(count: int, each: int) -> ThreadPoolExecutor:
     """What torch is told in a thread counts for that thread and for all that have not begun yet.
 
     For these it is told otherwise again, by one more thread, right after.
@@ -40,7 +40,7 @@ def _begun(count: int) -> ThreadPoolExecutor:
     def begin() -> None:
         inherited.append(torch.get_num_threads())  # and sets it, the first time in a thread
         started.wait()
-        torch.set_num_threads(1)
+        torch.set_num_threads(each)
         told.wait()
 
     def tell_others() -> None:
@@ -48,7 +48,8 @@ def _begun(count: int) -> ThreadPoolExecutor:
             told.wait()
             torch.set_num_threads(inherited[0])
 
-    workers, last = ThreadPoolExecutor(count, "alone", begin), threading.Thread(target=tell_others)
+    workers = ThreadPoolExecutor(count, "products", begin)
+    last = threading.Thread(target=tell_others)
     try:
         last.start()
         for _ in range(count):
@@ -65,7 +66,7 @@ def _begun(count: int) -> ThreadPoolExecutor:
 def _forget() -> None:
     global _building
     _building = threading.Lock()
-    _alone.clear()
+    _begun.clear()
     pool.cache_clear()
 
 

@@ -1,8 +1,9 @@
-"""Products, factors and quotients of matrices, to the same bits on any number of threads.
+"""Products and decompositions of matrices, to the same bits on any number of threads.
 
-On some processors BLAS and LAPACK add up in an order that depends on how many threads they use.
-So a result is cut into tiles by its shape alone, and each tile is the work of one thread. A device
-is given larger pieces, one after the other: what runs side by side there is its library's choice.
+BLAS and LAPACK add up in an order that may depend on how many threads they use. So a result is cut
+into tiles by its shape alone, and each tile is the work of one thread; what cannot be cut is done
+by a fixed number. A device is given larger pieces, one after the other: what runs side by side
+there is its library's choice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +25,9 @@ ROWS, COLUMNS = 256, 512
 FACTOR_BLOCK = 256
 # What a device gets at a time; its memory is to hold a copy.
 DEVICE_ROWS = 4096
+# Threads of LAPACK's decompositions, of which more add little, and fewer cores take no harm.
+DECOMPOSING = 4
+T = TypeVar("T")
 
 
 def add_product_(
@@ -81,6 +86,14 @@ def divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
     _do(rows.device, [functools.partial(_divide_, rows[part], factor) for part in _heights(rows)])
 
 
+def decomposed(function: Callable[[torch.Tensor], T], matrix: torch.Tensor) -> T:
+    """What a function that is LAPACK's makes of a matrix. Raises what it raises."""
+    if matrix.device.type != HOST:
+        return function(matrix)
+    inference, worker = torch.is_inference_mode_enabled(), pools.of(1, DECOMPOSING)
+    return worker.submit(_in_mode, inference, functools.partial(function, matrix)).result()
+
+
 def _divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
     _quotient_(rows, factor.T, upper=True)
     _quotient_(rows, factor, upper=False)
@@ -132,15 +145,10 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         for job in jobs:
             job()
         return
-    workers, inference = pools.alone(torch.get_num_threads()), torch.is_inference_mode_enabled()
-
-    def in_mode(job: Callable[[], object]) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # modes are of their thread
-            job()
-
-    begun: list[Future[None]] = []
+    workers, inference = pools.of(torch.get_num_threads(), 1), torch.is_inference_mode_enabled()
+    begun: list[Future[object]] = []
     try:
-        begun.extend(workers.submit(in_mode, job) for job in jobs)
+        begun.extend(workers.submit(_in_mode, inference, job) for job in jobs)
         wait(begun)
     except BaseException:  # nothing writes any more when a merge was stopped
         for one in begun:
@@ -149,3 +157,9 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         raise
     for one in begun:
         one.result()
+
+
+def _in_mode(inference: bool, job: Callable[[], T]) -> T:
+    """Modes are of their thread."""
+    with torch.inference_mode(inference), torch.no_grad():
+        return job()

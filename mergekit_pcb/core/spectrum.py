@@ -10,12 +10,13 @@ exponent that follows from the task vectors is :attr:`~mergekit_pcb.core.matrice
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
 from mergekit_pcb.core.matrices import norm
-from mergekit_pcb.core.products import add_gram_, mirror_
+from mergekit_pcb.core.products import add_gram_, add_product_, decomposed, mirror_, product
 
 # A direction that is weaker than this part of the strongest is raised no more than one that is
 # not: so small a one may be the rounding of the solve, or what low-rank tasks left alone.
@@ -45,14 +46,8 @@ def even(rows: torch.Tensor, exponent: float) -> torch.Tensor:
 def even_(rows: torch.Tensor, exponent: float) -> torch.Tensor:
     """:func:`even` in the memory of ``rows``; beyond it: :func:`working_elements`."""
     if exponent != 1 and rows.numel():
-        with _as_it_is(rows):
-            _even_(rows if rows.shape[0] >= rows.shape[1] else rows.T, exponent)
+        _even_(rows if rows.shape[0] >= rows.shape[1] else rows.T, exponent)
     return rows
-
-
-def _as_it_is(rows: torch.Tensor) -> torch.autocast:
-    """Without autocast, which would compute products in a lower precision."""
-    return torch.autocast(rows.device.type, enabled=False)
 
 
 def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,21 +63,23 @@ def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Ten
     gram = rows.new_zeros((rows.shape[1], rows.shape[1]))
     add_gram_(gram, rows)
     mirror_(gram)
-    _, right = torch.linalg.eigh(gram)
+    _, right = decomposed(torch.linalg.eigh, gram)
     del gram
-    left = rows @ right  # columns are singular values times left singular vectors, ascending
+    left = product(
+        rows, right
+    )  # columns are singular values times left singular vectors, ascending
     values = torch.linalg.vector_norm(left, dim=0)
     weak = int((values < TOLD * values.amax()).sum())
     if weak:
-        turn = torch.linalg.svd(left[:, :weak], full_matrices=False)
-        right[:, :weak] = right[:, :weak] @ turn.Vh.T
+        turn = decomposed(partial(torch.linalg.svd, full_matrices=False), left[:, :weak])
+        right[:, :weak] = product(right[:, :weak], turn.Vh.T)
         left[:, :weak] = turn.U * turn.S
         values[:weak] = turn.S
     factors = values.clamp(min=FLOOR * float(values.amax())).div_(float(values.amax()))
     factors.pow_(exponent - 1)
     left.mul_(factors)
     length = math.sqrt(math.fsum((values * factors).double().square().tolist()))
-    torch.mm(left, right.T, out=rows)
+    add_product_(rows.zero_(), left, right.T)
     rows.mul_(scale / length)
     return values, factors, right
 
@@ -97,15 +94,14 @@ class _Even(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, exponent: float) -> torch.Tensor:
         evened = rows.detach().clone()
-        with _as_it_is(rows):
-            values, factors, right = _even_(evened, exponent)
+        values, factors, right = _even_(evened, exponent)
         ctx.exponent = exponent
         ctx.save_for_backward(rows.detach(), evened, values, factors, right)
         return evened
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        with _as_it_is(gradient):
+        with torch.autocast(gradient.device.type, enabled=False):
             return _Even._backward(ctx, gradient), None
 
     @staticmethod
