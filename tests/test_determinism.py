@@ -82,6 +82,8 @@ def test_a_guess_never_changes_the_bits(guess, compiled):
 def test_the_sample_spares_a_third_pass(monkeypatch, dare_density):
     tensors = models(3, (1000, 300), dtype=torch.float32)
     aligned = vectors.Aligned.of("w", tensors[0], tensors[1:])
+    if aligned.base.device.type != "cpu":
+        pytest.skip("a device finds each of the two ranks in passes of its own")
     passes = []
     monkeypatch.setattr(sample, "FEW_ELEMENTS", 1000)
 
