@@ -25,8 +25,8 @@ ROWS, COLUMNS = 256, 512
 FACTOR_BLOCK = 256
 # What a device gets at a time; its memory is to hold a copy.
 DEVICE_ROWS = 4096
-# Threads of LAPACK's decompositions, of which more add little, and fewer cores take no harm.
-DECOMPOSING = 4
+# Threads of LAPACK's decompositions: more than there are cores would cost twice the time.
+DECOMPOSING = 2
 T = TypeVar("T")
 
 
@@ -34,20 +34,23 @@ def add_product_(
     out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0
 ) -> None:
     """Add ``scale · left @ right`` to a matrix."""
-    _do(out.device, _products(out, left, right, scale))
+    _do(out.device, _products(out, left, right, alpha=scale))
 
 
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right``, a new matrix."""
-    out = left.new_zeros((len(left), right.shape[1]))
-    add_product_(out, left, right)
+def product(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``left @ right``, a new matrix or in the memory of ``out``."""
+    if out is None:
+        out = left.new_empty((len(left), right.shape[1]))
+    _do(out.device, _products(out, left, right, beta=0))
     return out
 
 
 def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
     """Add ``rowsᵀ rows`` to the tiles of a symmetric matrix that touch its lower half."""
     strips = (
-        _products(gram[part.start :, part], rows[:, part.start :].T, rows[:, part], 1.0)
+        _products(gram[part.start :, part], rows[:, part.start :].T, rows[:, part])
         for part in _slices(len(gram), COLUMNS)
     )
     _do(gram.device, itertools.chain.from_iterable(strips))
@@ -119,14 +122,14 @@ def _quotient_(rows: torch.Tensor, triangle: torch.Tensor, *, upper: bool) -> No
 
 
 def _products(
-    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **factors: float
 ) -> Iterator[Callable[[], object]]:
-    """What adds each tile of a product; on a device, whole rows."""
+    """What makes each tile of ``beta · out + alpha · left @ right``; on a device, whole rows."""
     columns = COLUMNS if out.device.type == HOST else max(1, out.shape[1])
     for across in _slices(out.shape[1], columns):
         for down in _heights(out):
             yield functools.partial(
-                out[down, across].addmm_, left[down], right[:, across], alpha=scale
+                out[down, across].addmm_, left[down], right[:, across], **factors
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mergekit_pcb.core.matrices import norm
-from mergekit_pcb.core.products import add_gram_, add_product_, decomposed, mirror_, product
+from mergekit_pcb.core.products import add_gram_, decomposed, mirror_, product
 
 # A direction that is weaker than this part of the strongest is raised no more than one that is
 # not: so small a one may be the rounding of the solve, or what low-rank tasks left alone.
@@ -79,7 +79,7 @@ def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Ten
     factors.pow_(exponent - 1)
     left.mul_(factors)
     length = math.sqrt(math.fsum((values * factors).double().square().tolist()))
-    add_product_(rows.zero_(), left, right.T)
+    product(left, right.T, out=rows)
     rows.mul_(scale / length)
     return values, factors, right
 
