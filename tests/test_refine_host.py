@@ -369,7 +369,8 @@ def test_a_module_says_what_its_tensors_are(caplog):
         names = [name for name in base if name != "lm_head.weight"]
         states = [{n: s[n] for n in names} for s in (base, *experts)]
         assert_close({n: merged[n] for n in names}, expected(states, patterns), states[0])
-    assert not caplog.records
+    # transformers has something to say of so small a vocabulary.
+    assert not [record for record in caplog.records if record.name.startswith("mergekit_pcb")]
 
 
 def test_what_a_module_does_not_tell_is_named(caplog):
