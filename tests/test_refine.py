@@ -226,24 +226,29 @@ def test_a_device_gets_products_by_whole_rows(monkeypatch):
     assert_close(at_once, merged, aligned.base, 1e-5)
 
 
-def test_threads_that_begin_together_keep_their_number():
-    """What torch is told in one thread counts for those that have not begun."""
+def test_threads_that_ask_together_share_a_pool_and_leave_torch_as_it_was():
+    """What torch is told in one thread counts for those that have not begun, until told again."""
     count, seen = torch.get_num_threads(), []
     pools._forget()
     together = threading.Barrier(8)
 
-    def one():
-        together.wait()
-        products.product(torch.ones(2, 2), torch.ones(2, 2))
+    def look():
         seen.append(torch.get_num_threads())
 
-    threads = [threading.Thread(target=one) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def ask():
+        look()
+        together.wait()
+        products.product(torch.ones(2, 2), torch.ones(2, 2))
+        look()
+
+    for tasks in ([ask] * 8, [look]):
+        threads = [threading.Thread(target=task) for task in tasks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert len([each for _, each in pools._begun if each == 1]) == 1
-    assert seen == [count] * 8
+    assert seen == [count] * 17
     assert torch.get_num_threads() == count
 
 
