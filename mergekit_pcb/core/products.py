@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -93,8 +93,7 @@ def decomposed(function: Callable[[torch.Tensor], T], matrix: torch.Tensor) -> T
     """What a function that is LAPACK's makes of a matrix. Raises what it raises."""
     if matrix.device.type != HOST:
         return function(matrix)
-    inference, worker = torch.is_inference_mode_enabled(), pools.of(1, DECOMPOSING)
-    return worker.submit(_in_mode, inference, functools.partial(function, matrix)).result()
+    return _begun(pools.of(1, DECOMPOSING), functools.partial(function, matrix)).result()
 
 
 def _divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
@@ -148,10 +147,10 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         for job in jobs:
             job()
         return
-    workers, inference = pools.of(torch.get_num_threads(), 1), torch.is_inference_mode_enabled()
+    workers = pools.of(torch.get_num_threads(), 1)
     begun: list[Future[object]] = []
     try:
-        begun.extend(workers.submit(_in_mode, inference, job) for job in jobs)
+        begun.extend(_begun(workers, job) for job in jobs)
         wait(begun)
     except BaseException:  # nothing writes any more when a merge was stopped
         for one in begun:
@@ -162,7 +161,12 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         one.result()
 
 
-def _in_mode(inference: bool, job: Callable[[], T]) -> T:
-    """Modes are of their thread."""
-    with torch.inference_mode(inference), torch.no_grad():
-        return job()
+def _begun(workers: ThreadPoolExecutor, job: Callable[[], T]) -> Future[T]:
+    """Have a worker do it in the caller's mode: modes are of their thread."""
+    inference = torch.is_inference_mode_enabled()
+
+    def in_mode() -> T:
+        with torch.inference_mode(inference), torch.no_grad():
+            return job()
+
+    return workers.submit(in_mode)

@@ -65,9 +65,8 @@ def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Ten
     mirror_(gram)
     _, right = decomposed(torch.linalg.eigh, gram)
     del gram
-    left = product(
-        rows, right
-    )  # columns are singular values times left singular vectors, ascending
+    # Columns are singular values times left singular vectors, ascending.
+    left = product(rows, right)
     values = torch.linalg.vector_norm(left, dim=0)
     weak = int((values < TOLD * values.amax()).sum())
     if weak:
