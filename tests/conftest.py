@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 
+import filelock
 import pytest
 import torch
 
@@ -84,3 +85,19 @@ def family(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("family")
     return save_family(directory, tiny_llama(), shard_size="60KB")
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory, worker_id):
+    """A shortened demo's folder, and what it printed; made once for all of pytest's workers."""
+    from checkpoints import run
+
+    place = tmp_path_factory.getbasetemp()
+    place = place if worker_id == "master" else place.parent
+    directory, printed = place / "the demo", place / "printed"
+    with filelock.FileLock(place / "demo.lock"):
+        if not printed.exists():
+            steps = ("--base-steps", "25", "--expert-steps", "15")
+            said = run("mergekit-pcb", "demo", directory, "--seed", "3", *steps).stdout
+            printed.write_text(said, encoding="utf-8")
+    return directory, printed.read_text(encoding="utf-8")

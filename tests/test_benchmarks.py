@@ -15,20 +15,19 @@ from benchmarks import scaling
 from benchmarks.measuring import alternate_commands, run_command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "options", "printed"),
     [
-        pytest.param(
+        (
             "kernel",
             ["--rows", "64", "--columns", "64", "--runs", "1", "--dtype", "float32"],
             r"\| released algorithm \|",
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             "kernel",
             ["--rows", "64", "--columns", "64", "--runs", "1", "--others", "--largest", "64"],
             r"\| 64 × 64, one outlier \| bfloat16 \|",
-            marks=pytest.mark.slow,
         ),
         (
             "refine",

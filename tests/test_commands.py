@@ -111,7 +111,8 @@ def test_mergekit_pytorch_on_plain_safetensors(tmp_path, family):
     assert_equals_reference(tmp_path / "merged.safetensors", family, density=0.2)
 
 
-@pytest.mark.parametrize("command", ["yaml", pytest.param("pytorch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["yaml", "pytorch"])
 def test_own_commands_work_with_start_up_files_switched_off(tmp_path, family, command):
     paths = family
     if command == "pytorch":

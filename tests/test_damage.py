@@ -317,6 +317,7 @@ def test_tools_refuse_beside_a_foreign_method(tmp_path, family, foreign, command
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_merges_with_a_foreign_method_go_on_and_ours_has_a_command(tmp_path, family, foreign):
     config = configuration(family, parameters={"weight": 1.0})
     theirs, result = merge(tmp_path / "theirs", config, **foreign)

@@ -4,9 +4,8 @@ import json
 import math
 import shutil
 
-import filelock
 import pytest
-from checkpoints import run, tensors
+from checkpoints import tensors
 from click.testing import CliRunner
 from conftest import pieces  # noqa: F401 - puts tests/ on the path before torch starts threads
 from reference import pcb as reference
@@ -14,25 +13,10 @@ from reference import pcb as reference
 from mergekit_pcb.tools import demo, demo_page, small_llama
 from mergekit_pcb.tools.cli import main
 
-STEPS = ("--base-steps", "25", "--expert-steps", "15")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, worker_id):
-    """A demo's folder, and what it printed; made once for all of pytest's workers."""
-    place = tmp_path_factory.getbasetemp()
-    place = place if worker_id == "master" else place.parent
-    directory, printed = place / "the demo", place / "printed"
-    with filelock.FileLock(place / "demo.lock"):
-        if not printed.exists():
-            said = run("mergekit-pcb", "demo", directory, "--seed", "3", *STEPS).stdout
-            printed.write_text(said, encoding="utf-8")
-    return directory, printed.read_text(encoding="utf-8")
-
 
 @pytest.mark.slow
-def test_what_is_printed_is_what_was_measured(made):
-    directory, printed = made
+def test_what_is_printed_is_what_was_measured(small_demo):
+    directory, printed = small_demo
     results = demo.Results.model_validate_json((directory / demo.RESULTS).read_text())
     assert json.loads((directory / demo.RESULTS).read_text())["lower_is_better"] is True
     assert results.seed == 3
@@ -59,9 +43,9 @@ def test_what_is_printed_is_what_was_measured(made):
 
 
 @pytest.mark.slow
-def test_training_is_real(made):
+def test_training_is_real(small_demo):
     """The base has learned something, and each expert beats it on its own task."""
-    results = demo.Results.model_validate_json((made[0] / demo.RESULTS).read_text())
+    results = demo.Results.model_validate_json((small_demo[0] / demo.RESULTS).read_text())
     base = results.row("base")
     assert base.general < math.log(small_llama.VOCABULARY)  # better than guessing
     for task in demo.TASKS:
@@ -69,10 +53,10 @@ def test_training_is_real(made):
 
 
 @pytest.mark.slow
-def test_the_merge_is_a_model(made):
+def test_the_merge_is_a_model(small_demo):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory, _ = made
+    directory, _ = small_demo
     model = AutoModelForCausalLM.from_pretrained(directory / "merged-pcb")
     ids = AutoTokenizer.from_pretrained(directory / "merged-pcb")("import", return_tensors="pt")
     assert model(input_ids=ids["input_ids"]).logits.isfinite().all()
@@ -107,10 +91,10 @@ def ask(*arguments):
 
 @pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused_and_force_replaces_a_demo_alone(
-    made, tmp_path, untrained
+    small_demo, tmp_path, untrained
 ):
     mine = tmp_path / "demo"
-    shutil.copytree(made[0], mine)
+    shutil.copytree(small_demo[0], mine)
     (mine / "mine.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
     result = ask(mine)

@@ -85,6 +85,7 @@ def test_a_further_call_level_changes_nothing(tmp_path, family, places):
     assert_whole_model(out, family, density=0.2)
 
 
+@pytest.mark.slow
 def test_stages_under_a_wrapper(tmp_path, family):
     parameters = {"scope": "model", "density": 0.3}
     first = {**configuration(family[:3], parameters=parameters), "name": "first"}

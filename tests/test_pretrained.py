@@ -69,6 +69,7 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_texts_of_classes(few_files):
     for task, classes in sources.CLASSES.items():
         examples = few_files.examples[task]
@@ -127,6 +128,7 @@ def get_name(self):
     ]
 
 
+@pytest.mark.slow
 def test_no_file_is_in_two_parts(few_files):
     import random
 
@@ -350,7 +352,7 @@ def tiny_decoder(monkeypatch):
 def test_a_record_of_a_decoder(tmp_path, monkeypatch):
     """Merges go from folders through mergekit's own command, and are those made in memory."""
     ours = {method.name: method for method in without_data.WITHOUT_DATA}[without_data.OURS]
-    some = (methods.LINEAR, methods.TIES, methods.PCB, ours)
+    some = (methods.LINEAR, methods.PCB, ours)
     monkeypatch.setattr(experiments, "methods_of", lambda _: some)
     threads = torch.get_num_threads()
     try:

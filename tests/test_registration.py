@@ -57,7 +57,12 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("first", ORDERS)
+SLOW = "the planner", "multimerge", "merge_raw_pytorch"
+
+
+@pytest.mark.parametrize(
+    "first", [pytest.param(o, marks=pytest.mark.slow) if o in SLOW else o for o in ORDERS]
+)
 def test_whichever_module_is_imported_first(first):
     assert python(f"{ORDERS[first]}\n{PRESENT}").stderr == ""
 

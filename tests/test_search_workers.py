@@ -151,9 +151,8 @@ def killed_often(times, budget):
     return said, last.stdout
 
 
-@pytest.mark.parametrize(
-    ("times", "budget"), [(2, 12), pytest.param(10, 40, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "budget"), [(2, 12), (10, 40)])
 def test_whatever_is_killed_the_budget_is_scored(place, times, budget):
     said, last = killed_often(times, budget)
     trials = log_of(place / "best.search")
@@ -337,10 +336,9 @@ metric_list:
 
 
 @pytest.mark.slow
-def test_the_evaluation_harness_scores_the_models_of_the_demo(place, monkeypatch):
+def test_the_evaluation_harness_scores_the_models_of_the_demo(place, small_demo, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(place / "cache"))
-    run("mergekit-pcb", "demo", place / "demo", "--base-steps", "20", "--expert-steps", "5")
     (place / "questions.yaml").write_text(QUESTIONS)
     lines = [line for line in json.__doc__.splitlines() if len(line) > 30]
     rows = [
@@ -352,11 +350,11 @@ def test_the_evaluation_harness_scores_the_models_of_the_demo(place, monkeypatch
     command = f"{harness} --model hf --model_args pretrained={{model}},dtype=float32 --device cpu"
     command += " --include_path . --tasks questions --output_path {model}/results"
     score = "acc={model}/results/*/results*.json:results.questions.acc,none"
-    (place / "config.yml").write_text((place / "demo" / "pcb.yml").read_text())
-    result = invoked(*arguments("--score", score, command=command))
+    (place / "config.yml").write_text((small_demo[0] / "pcb.yml").read_text())
+    result = invoked(*arguments("--score", score, command=command, budget=3))
     assert result.exit_code == 0, result.output
     trials = log_of(place / "best.search")
-    assert len(trials) == 6
+    assert len(trials) == 3
     assert all(trial["error"] is None for trial in trials)
     part = {trial["score"] * (len(lines) - 1) for trial in trials}
     assert all(count == pytest.approx(round(count)) and count > 0 for count in part)

@@ -126,8 +126,8 @@ _DECODER = replace(
 _SMALL = replace(
     _FULL,
     budget=2,
-    ablation_budget=2,
-    some_budget=2,
+    ablation_budget=1,
+    some_budget=1,
     weight_budget=3,
     epochs=1,
     densities=(0.1,),
