@@ -416,6 +416,29 @@ def test_stored_tables_are_those_of_the_stored_records(tmp_path):
     assert "\n".join(tables.summary(records)) in (ROOT / "docs" / "quality.md").read_text()
 
 
+#: What the pages call suites and methods, where they do not call them as the tables do.
+SHOWN = {
+    "encoder": "MiniLM",
+    "decoder": "SmolLM2",
+    "task_arithmetic + solve + spectrum": "task_arithmetic, solved and evened",
+    "RegMean": "RegMean, which sees data",
+}
+
+
+def table_on(page, title):
+    """The head and the rows of the table whose first cell this is, a row by its own first cell."""
+    lines = re.sub(r"\*\*|[`\\]", "", (ROOT / page).read_text()).splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {title} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    (_, *head), _, *body = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    return head, {name: cells for name, *cells in body}
+
+
+def cells_of(lines):
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in [*lines][2:])
+    return {SHOWN.get(name, name): cells for name, *cells in rows}
+
+
 def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
     records = refined._read(STORED / "refined")
     for suite, distance in itertools.product(experiments.FROM_NOTHING, DISTANCES):
@@ -424,20 +447,18 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
         assert {r.tier for r in some} == {"full"}
     assert refined_tables.write(records, tmp_path) == (STORED / "refined/refined.md").read_text()
     assert "\n".join(refined_tables.summary(records)) in (ROOT / "docs" / "quality.md").read_text()
-    columns, *lines = [
+    titles, *lines = [
         [cell.strip(" *") for cell in re.sub(r"\*\*", "", line).strip("|").split("|")]
         for line in refined_tables.summary(records)
     ]
-    places = [columns.index("glyphs, near"), columns.index("language, near")]
+    places = [titles.index("glyphs, near"), titles.index("language, near")]
     stored = {cells[0]: [cells[place] for place in places] for cells in lines}
-    readme = (ROOT / "README.md").read_text().split("## How good, how fast")[1]
-    quoted = re.findall(
-        r"^\| (.+?) \| (.+?/.+?) \| (.+?/.+?) \| (.+?/.+?) \|$", readme, re.MULTILINE
-    )
-    assert len(quoted) == 6
-    for method, _, *cells in quoted:
-        name = method.replace("`", "").replace("RegMean, which sees data", "RegMean (sees data)")
-        assert [cell.replace("**", "") for cell in cells] == stored[name], method
+    head, rows = table_on("README.md", "method")
+    assert len(rows) == 6
+    columns = head.index("glyphs"), head.index("language")
+    for method, cells in rows.items():
+        name = method.replace("RegMean, which sees data", "RegMean (sees data)")
+        assert [cells[column] for column in columns] == stored[name], method
     methods_of_all = {tuple(row.method for row in r.first) for r in records}
     assert methods_of_all == {tuple(m.name for m in refined.METHODS_OF_THIS)}
 
@@ -445,34 +466,42 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
 def test_what_is_said_of_pretrained_models_is_in_their_records(tmp_path):
     files = sorted((STORED / "pretrained").glob("*.json"))
     records = [experiments.Record.model_validate_json(file.read_text()) for file in files]
-    assert {(record.suite, record.tier) for record in records} == {("encoder", "full")}
+    assert {(record.suite, record.tier) for record in records} == {
+        ("encoder", "full"),
+        ("decoder", "large"),
+    }
     assert tables.write(records, tmp_path) == (STORED / "pretrained" / "tables.md").read_text()
-    told = {}
-    for line in [*tables.summary(records)][2:]:
-        method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        told[method] = [cell.split(" ")[0] for cell in cells]
-    quoted = 0
-    for page in ("README.md", "docs/quality.md"):
-        for line in (ROOT / page).read_text().split("## Models trained")[0].splitlines():
-            method, *cells = [c.strip() for c in re.sub(r"[*`]", "", line).strip("|").split("|")]
-            method = method.replace(", which sees data", "")
-            method = method.replace("task_arithmetic, solved and evened", PLAIN_SOLVED)
-            if len(cells) in (3, 4) and method in told:
-                found = cells[0].split(" / ") if "/" in cells[0] else cells[:2]
-                assert found == told[method], (page, method)
-                quoted += 1
-    assert quoted == 6 + 10
+    for suite, own in tables._suites(records):
+        told = {
+            method: [cell.split(" ")[0] for cell in cells]
+            for method, cells in cells_of(tables.summary(own)).items()
+        }
+        head, rows = table_on("README.md", "method")
+        column = head.index(SHOWN[suite])
+        assert len(rows) == 6
+        for method, cells in rows.items():
+            assert cells[column].split(" / ") == told[method], (suite, method)
+        head, rows = table_on("docs/quality.md", suite)
+        assert head == ["first setting", "searched", "lead of pcb, first", "lead of pcb, searched"]
+        leads = [
+            {method: cells[2] for method, cells in cells_of(tables._table(own, scores)).items()}
+            for scores in (lambda record: record.first, tables._searched)
+        ]
+        assert len(rows) == 10
+        for method, (*shares, first, searched) in rows.items():
+            assert shares == told[method], (suite, method)
+            for lead, behind in zip((first, searched), leads, strict=True):
+                expected = behind[method].translate(str.maketrans("+-", "−+"))
+                assert lead == expected.removeprefix("+"), (suite, method)
+    encoders = [record for record in records if record.suite == "encoder"]
     pairs = {}
-    for line in [*tables._against_the_paper(records)][2:]:
+    for line in [*tables._against_the_paper(encoders)][2:]:
         pair, _, _, verdict, *_ = [cell.strip() for cell in line.strip("|").split("|")]
         pairs.setdefault(pair, []).append(verdict.removeprefix("yes, "))
     assert len(pairs) == 6
     page = (ROOT / "docs" / "quality.md").read_text().replace("`", "")
     for pair, verdicts in pairs.items():
         assert "| " + " | ".join((pair, *verdicts)) + " |" in page, pair
-
-
-PLAIN_SOLVED = "task_arithmetic + solve + spectrum"
 
 
 def test_the_benchmark_of_refine_trains_what_its_tables_show(tmp_path, monkeypatch):
