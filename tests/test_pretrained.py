@@ -352,7 +352,7 @@ def tiny_decoder(monkeypatch):
 def test_a_record_of_a_decoder(tmp_path, monkeypatch):
     """Merges go from folders through mergekit's own command, and are those made in memory."""
     ours = {method.name: method for method in without_data.WITHOUT_DATA}[without_data.OURS]
-    some = (methods.LINEAR, methods.PCB, ours)
+    some = (methods.LINEAR, methods.TIES, methods.PCB, ours)
     monkeypatch.setattr(experiments, "methods_of", lambda _: some)
     threads = torch.get_num_threads()
     try:

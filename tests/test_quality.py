@@ -425,18 +425,21 @@ SHOWN = {
 }
 
 
+def row_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def table_on(page, title):
     """The head and the rows of the table whose first cell this is, a row by its own first cell."""
     lines = re.sub(r"\*\*|[`\\]", "", (ROOT / page).read_text()).splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(f"| {title} |"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
-    (_, *head), _, *body = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    (_, *head), _, *body = map(row_of, rows)
     return head, {name: cells for name, *cells in body}
 
 
 def cells_of(lines):
-    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in [*lines][2:])
-    return {SHOWN.get(name, name): cells for name, *cells in rows}
+    return {SHOWN.get(name, name): cells for name, *cells in map(row_of, [*lines][2:])}
 
 
 def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
@@ -447,10 +450,7 @@ def test_stored_tables_of_refine_are_those_of_the_stored_records(tmp_path):
         assert {r.tier for r in some} == {"full"}
     assert refined_tables.write(records, tmp_path) == (STORED / "refined/refined.md").read_text()
     assert "\n".join(refined_tables.summary(records)) in (ROOT / "docs" / "quality.md").read_text()
-    titles, *lines = [
-        [cell.strip(" *") for cell in re.sub(r"\*\*", "", line).strip("|").split("|")]
-        for line in refined_tables.summary(records)
-    ]
+    titles, *lines = (row_of(line.replace("**", "")) for line in refined_tables.summary(records))
     places = [titles.index("glyphs, near"), titles.index("language, near")]
     stored = {cells[0]: [cells[place] for place in places] for cells in lines}
     head, rows = table_on("README.md", "method")
@@ -496,7 +496,7 @@ def test_what_is_said_of_pretrained_models_is_in_their_records(tmp_path):
     encoders = [record for record in records if record.suite == "encoder"]
     pairs = {}
     for line in [*tables._against_the_paper(encoders)][2:]:
-        pair, _, _, verdict, *_ = [cell.strip() for cell in line.strip("|").split("|")]
+        pair, _, _, verdict, *_ = row_of(line)
         pairs.setdefault(pair, []).append(verdict.removeprefix("yes, "))
     assert len(pairs) == 6
     page = (ROOT / "docs" / "quality.md").read_text().replace("`", "")

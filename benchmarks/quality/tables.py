@@ -110,9 +110,7 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
     seeds = sorted({record.seed for record in records})
     minutes = sum(record.seconds for record in records) / 60
     tiers = ", ".join(dict.fromkeys(record.tier for record in records))
-    threads = max(TIERS[record.tier].efforts[record.suite].threads for record in records)
-    of = "one thread" if threads == 1 else "two threads (of a run that was stopped, its last part)"
-    yield f"Tier {tiers}, seeds {seeds}, {minutes:.0f} minutes of {of} in all.  "
+    yield f"Tier {tiers}, seeds {seeds}, {minutes:.0f} minutes in all; a stopped run's last part.  "
     yield "± is the standard deviation between seeds. Each trains anew, and draws new letters and"
     yield "other files for the encoder; the language's text and the digits are the same. Leads are"
     yield "taken seed by seed, + is better; a * stands where Student's t puts them beyond this"
