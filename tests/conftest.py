@@ -4,6 +4,10 @@ import contextlib
 import os
 import pathlib
 
+# Threads of several of pytest's workers share the cores: they sleep where they wait, or they take
+# a fifth of the time from one another. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import filelock
 import pytest
 import torch

@@ -9,9 +9,12 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+import types
+import weakref
 
 #: Imported once, before the first script is run.
 PRELOADED = [
@@ -41,15 +44,61 @@ def run(script, arguments, environment):
     on_gpu = {"--cuda", "--multi-gpu"} & set(command)
     if set(environment) - set(THREADS) or on_gpu or not _can_fork():
         return subprocess.run(command, capture_output=True, text=True, env=whole, check=False)
-    with tempfile.TemporaryDirectory() as folder:
-        said = [pathlib.Path(folder, name) for name in ("out", "err")]
-        child = multiprocessing.get_context("forkserver").Process(
-            target=_script, args=(command, pathlib.Path.cwd(), whole, said)
+    script = Script(command, whole)
+    said = script.communicate()
+    return subprocess.CompletedProcess(command, script.returncode, *said)
+
+
+def started(script, arguments):
+    """Start a script as ``subprocess.Popen`` would, its errors in its output."""
+    command = [str(script), *map(str, arguments)]
+    whole = {**os.environ, **THREADS}
+    if not _can_fork():
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        return subprocess.Popen(
+            command, stdout=pipe, stderr=both, text=True, env=whole, start_new_session=True
         )
-        child.start()
-        child.join()
-        out, err = (file.read_text(encoding="utf-8") if file.exists() else "" for file in said)
-    return subprocess.CompletedProcess(command, child.exitcode, out, err)
+    return Script(command, whole, in_one=True)
+
+
+def inside(monkeypatch, module):
+    """Let the commands that a module runs by ``subprocess.run`` be scripts of :func:`run`."""
+
+    def ran(command, **_):
+        return run(command[0], command[1:], {})
+
+    monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(run=ran))
+
+
+class Script:
+    """As much of ``subprocess.Popen`` as tests use; a session of its own."""
+
+    def __init__(self, command, environment, *, in_one=False):
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder)
+        self._said = [pathlib.Path(folder, name) for name in ("out", "out" if in_one else "err")]
+        self._child = multiprocessing.get_context("forkserver").Process(
+            target=_script, args=(command, pathlib.Path.cwd(), environment, self._said), daemon=True
+        )
+        self._child.start()
+        self.pid = self._child.pid
+
+    def poll(self):
+        return self._child.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout=None):
+        self._child.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._child.name, timeout)
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return [file.read_text(encoding="utf-8") if file.exists() else "" for file in self._said]
+
+    def terminate(self):
+        self._child.terminate()
 
 
 def _can_fork():
@@ -76,8 +125,9 @@ def _script(command, folder, environment, said):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    os.setsid()
     for number, file in zip((1, 2), said, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     import torch
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))

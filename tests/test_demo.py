@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import forked
 import pytest
 from checkpoints import tensors
 from click.testing import CliRunner
@@ -131,6 +132,7 @@ def test_what_was_made_is_removed_when_it_is_stopped(tmp_path, untrained, where,
 @pytest.mark.slow
 def test_a_merge_that_fails_is_told_and_nothing_is_left(tmp_path, untrained, monkeypatch):
     untrained(merge=demo._merge)
+    forked.inside(monkeypatch, demo)
     monkeypatch.setitem(demo.MERGES, "ties", ("ties", {"density": "much"}))
     (tmp_path / "demo").mkdir()
     result = ask(tmp_path / "demo")

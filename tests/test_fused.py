@@ -1,5 +1,6 @@
 """Compiled loops and torch's operations give the same bits, whoever does which part."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -207,15 +208,19 @@ def test_powers_of_two_are_exact_to_a_unit_in_the_last_place():
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
-    ("kind", "size"),
+    ("kind", "size", "dare", "together"),
     [
-        (torch.bfloat16, 600),
-        (torch.float64, 600),
-        *(pytest.param(kind, 3000, marks=SLOW) for kind in (*KINDS, torch.float64)),
+        *itertools.product((torch.bfloat16, torch.float64), [600], [1.0, 0.3], [True, False]),
+        # Many blocks: everything with one kind, and every kind with one of the rest.
+        *(
+            pytest.param(kind, 3000, dare, together, marks=SLOW)
+            for kind, dare, together in itertools.product(
+                (*KINDS, torch.float64), [1.0, 0.3], [True, False]
+            )
+            if kind == torch.float32 or (dare, together) == (0.3, True)
+        ),
     ],
 )
-@pytest.mark.parametrize("dare", [1.0, 0.3])
-@pytest.mark.parametrize("together", [True, False])
 def test_ranks_as_accelerators_find_them_give_the_same_bits(
     kind, size, dare, together, monkeypatch
 ):

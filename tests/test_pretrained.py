@@ -12,6 +12,7 @@ import math
 import sys
 from collections import Counter
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
@@ -150,15 +151,34 @@ def test_no_file_is_in_two_parts(few_files):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_files", "tiny")
 def test_a_record_of_the_small_tier(tmp_path, monkeypatch):
-    """Everything that is done with the real encoder, and its tables; twice the same digits."""
+    """Everything that is done with the real encoder, and its tables.
+
+    Made once more and stopped after the searches, it trains nothing again and comes to the same
+    digits.
+    """
     monkeypatch.setattr(encoder, "LEAST_GAIN", -1.0)
+    trained, train = [], encoder.train
+
+    def watched(*arguments):
+        trained.append(1)
+        train(*arguments)
+
     threads = torch.get_num_threads()
     try:
         for seed in (10, 11):
             experiments.record("encoder", seed, "small", tmp_path / f"{seed}.json")
+        monkeypatch.setattr(encoder, "train", watched)
+        with monkeypatch.context() as patch:
+            patch.setattr(experiments, "_ablation", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                experiments.record("encoder", 10, "small", tmp_path / "again.json")
+        assert not (tmp_path / "again.json").exists()
+        assert len(trained) == len(encoder.TASKS)
         experiments.record("encoder", 10, "small", tmp_path / "again.json")
+        assert len(trained) == len(encoder.TASKS)
     finally:
         torch.set_num_threads(threads)
+    assert [path.name for path in tmp_path.glob("again*")] == ["again.json"]
 
     assert logging.getLogger("mergekit_pcb").level == logging.NOTSET  # quiet only as long as it ran
 
@@ -286,35 +306,6 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert Work().score("anything", lambda: make(8)) == 8
 
 
-@pytest.mark.slow
-def test_a_stopped_record_is_the_same(few_files, tiny, tmp_path, monkeypatch):  # noqa: ARG001
-    """Stopped after the searches, it trains nothing again and comes to the same digits."""
-    monkeypatch.setattr(encoder, "LEAST_GAIN", -1.0)
-    file, trained = tmp_path / "record.json", []
-    train = encoder.train
-
-    def watched(*arguments):
-        trained.append(1)
-        train(*arguments)
-
-    monkeypatch.setattr(encoder, "train", watched)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiments, "_ablation", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            experiments.record("encoder", 10, "small", file)
-    assert not file.exists()
-    assert len(trained) == len(encoder.TASKS)
-    experiments.record("encoder", 10, "small", file)
-    assert len(trained) == len(encoder.TASKS)
-    assert [path.name for path in tmp_path.glob("record*")] == ["record.json"]
-    whole = tmp_path / "whole.json"
-    experiments.record("encoder", 10, "small", whole)
-    first, second = (
-        experiments.Record.model_validate_json(one.read_text()) for one in (file, whole)
-    )
-    assert first.model_copy(update={"seconds": second.seconds}) == second
-
-
 @pytest.fixture
 def tiny_decoder(monkeypatch):
     """A Llama of the same kind that knows nothing, and a tokenizer of bytes."""
@@ -354,6 +345,7 @@ def test_a_record_of_a_decoder(tmp_path, monkeypatch):
     ours = {method.name: method for method in without_data.WITHOUT_DATA}[without_data.OURS]
     some = (methods.LINEAR, methods.TIES, methods.PCB, ours)
     monkeypatch.setattr(experiments, "methods_of", lambda _: some)
+    forked.inside(monkeypatch, methods)
     threads = torch.get_num_threads()
     try:
         experiments.record("decoder", 10, "small", tmp_path / "decoder-10.json")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_search_finds_weights_that_stock_mergekit_merges(place):
 def left_in(folder):
     """What a search leaves beside its locks."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {str(path.relative_to(folder)) for path in paths} - {"lock", "measuring", "references"}
+    return {str(path.relative_to(folder)) for path in paths} - {"lock", "appending", "measuring"}
 
 
 def run_score(place, folder):
@@ -119,12 +120,7 @@ def run_score(place, folder):
 @pytest.mark.slow
 def test_a_killed_search_resumes_and_repeats_nothing(place):
     script = pathlib.Path(sys.executable).with_name("mergekit-pcb")
-    process = subprocess.Popen(
-        [str(script), "search", *map(str, arguments(place))],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = forked.started(script, ["search", *arguments(place)])
     journal, deadline = place / "best.search" / "study.journal", time.monotonic() + 120
     while not (place / "evaluations").exists() or evaluations(place) < 6:
         assert process.poll() is None

@@ -8,10 +8,10 @@ import pathlib
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 
+import forked
 import optuna
 import psutil
 import pytest
@@ -92,13 +92,7 @@ def is_gone(pid):
 
 
 def started(*words):
-    return subprocess.Popen(
-        [str(SCRIPT), *map(str, words), "-o", "best.yml"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return forked.started(SCRIPT, [*words, "-o", "best.yml"])
 
 
 def wait_for(file, search):
@@ -138,11 +132,12 @@ def test_processes_join_one_study(place, storage):
 def killed_often(times, budget):
     """Two workers, one of which dies at random; what is left in the end."""
     draw = random.Random(0)
-    words = arguments(command=COMMAND.replace("echo", "sleep 0.2; echo"), budget=budget)
+    words = arguments(command=COMMAND.replace("echo", "sleep 0.4; echo"), budget=budget)
     workers = [started(*words), started(*words)]
     for _ in range(times):
-        time.sleep(draw.uniform(0.5, 6))
+        time.sleep(draw.uniform(0.1, 1.2))
         victim = draw.randrange(2)
+        assert workers[victim].poll() is None, workers[victim].communicate()
         os.killpg(workers[victim].pid, signal.SIGKILL)
         workers[victim].communicate()
         workers[victim] = started(*words)
@@ -546,15 +541,16 @@ def test_a_study_of_ones_own_brings_its_sampler_and_pruner():
     assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED"] * 3
 
 
-@pytest.mark.slow
 def test_a_trial_whose_worker_is_gone_is_taken_over(place):
-    """With the values that it had got so far."""
+    """With the values that it had got; who writes with Optuna's own lock waits for nobody."""
     job_folder = place / "best.search"
     assert invoked(*arguments(budget=2)).exit_code == 0
+    began = time.monotonic()
     study = study_of(job_folder)
     lost = study.ask()
     lost.suggest_float("weight 1", 0.5, 3.0)
     lost.set_user_attr("worker", "gone")
+    assert time.monotonic() - began < 20, "an abandoned lock is waited for as long as 30 s"
     assert invoked(*arguments(budget=4)).exit_code == 0
     trials = log_of(job_folder)
     assert [trial["trial"] for trial in trials] == [1, 2, 3, 4]

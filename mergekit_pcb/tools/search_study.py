@@ -37,7 +37,7 @@ JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE = (
     "study.journal", "contributions", "merged", "trials", "workers", "reference"
 )  # fmt: skip
 _OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, f"{REFERENCE}.pid"}
-_OWN |= {"lock", "measuring"}
+_OWN |= {"lock", "appending", "measuring"}
 #: Of a trial that somebody ended by Optuna's own commands.
 _ELSEWHERE = {"error": "it was ended by another program", "seconds": 0.0}
 
@@ -205,7 +205,8 @@ class Study:
             """One that no killed process leaves behind; who gets it mends a half-written line."""
 
             def __init__(self) -> None:
-                self._lock = FileLock(f"{file}.lock")
+                # Not the journal's name and .lock: programs that use Optuna's own lock wait for that.
+                self._lock = FileLock(file.with_name("appending"))
 
             def acquire(self) -> bool:
                 self._lock.acquire()
