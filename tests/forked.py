@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import types
 import weakref
 
@@ -58,30 +60,46 @@ def started(script, arguments):
         return subprocess.Popen(
             command, stdout=pipe, stderr=both, text=True, env=whole, start_new_session=True
         )
-    return Script(command, whole, in_one=True)
+    return Script(command, whole, apart=True)
 
 
 def inside(monkeypatch, module):
     """Let the commands that a module runs by ``subprocess.run`` be scripts of :func:`run`."""
+    lock = threading.Lock()  # multiprocessing's children are started and waited for by one thread
 
-    def ran(command, **_):
-        return run(command[0], command[1:], {})
+    def ran(command, **options):
+        assert options == {"capture_output": True, "text": True, "check": False}
+        with lock:
+            return run(command[0], command[1:], {})
 
     monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(run=ran))
 
 
 class Script:
-    """As much of ``subprocess.Popen`` as tests use; a session of its own."""
+    """As much of ``subprocess.Popen`` as tests use.
 
-    def __init__(self, command, environment, *, in_one=False):
+    A process that is ``apart`` has a session of its own, and its errors are in its output.
+    """
+
+    def __init__(self, command, environment, *, apart=False):
         folder = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, folder)
-        self._said = [pathlib.Path(folder, name) for name in ("out", "out" if in_one else "err")]
+        self._said = [pathlib.Path(folder, name) for name in ("out", "out" if apart else "err")]
         self._child = multiprocessing.get_context("forkserver").Process(
-            target=_script, args=(command, pathlib.Path.cwd(), environment, self._said), daemon=True
+            target=_script,
+            args=(command, pathlib.Path.cwd(), environment, self._said, apart),
+            daemon=True,
         )
         self._child.start()
         self.pid = self._child.pid
+        while apart and self.poll() is None and not self._is_apart():
+            time.sleep(0.001)
+
+    def _is_apart(self):
+        try:
+            return os.getpgid(self.pid) == self.pid
+        except ProcessLookupError:
+            return False
 
     def poll(self):
         return self._child.exitcode
@@ -120,12 +138,13 @@ def _can_fork():
     return now == _at_start
 
 
-def _script(command, folder, environment, said):
+def _script(command, folder, environment, said, apart):
     """In the child: become the script."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    os.setsid()
+    if apart:
+        os.setsid()
     for number, file in zip((1, 2), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     import torch

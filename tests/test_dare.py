@@ -318,7 +318,7 @@ def test_a_tensor_some_models_lack_has_the_mask_of_their_position(tmp_path, fami
 def test_files_are_identical_to_the_byte_whatever_runs_them(tmp_path, scope):
     """Hash seeds, threads, shards, orders, generators and commands.
 
-    Strings of a process hash by chance, unless PYTHONHASHSEED is set.
+    Strings hash by chance where PYTHONHASHSEED is not set; all of those processes hash alike.
     """
     parameters = {"dare_density": 0.4, "density": 0.2, "seed": 3, "scope": scope}
     contents, bytes_written = [], []

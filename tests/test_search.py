@@ -127,7 +127,7 @@ def test_a_killed_search_resumes_and_repeats_nothing(place):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = trials(place)
     assert 5 <= len(before) < 14
     with journal.open("a") as file:

@@ -9,6 +9,7 @@ import random
 import signal
 import sqlite3
 import sys
+import threading
 import time
 
 import forked
@@ -454,6 +455,32 @@ def test_without_matplotlib_a_search_says_so_and_ends_well(place, monkeypatch): 
     result = invoked(*arguments(budget=2))
     assert result.exit_code == 0, result.output
     assert not pathlib.Path("best.png").exists()
+
+
+def test_a_line_that_another_program_is_writing_is_not_cut_off(place):
+    assert invoked(*arguments(budget=1)).exit_code == 0
+    journal = place / "best.search" / "study.journal"
+    copy = place / "copy" / "best.search" / "study.journal"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(journal.read_bytes())
+    study_of(copy.parent).set_user_attr("mine", 1)
+    line = copy.read_bytes()[journal.stat().st_size :]
+    lock = optuna.storages.journal.JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    with journal.open("ab", buffering=0) as log:
+        log.write(line[:20])
+
+        def end():
+            log.write(line[20:])
+            lock.release()
+
+        timer = threading.Timer(1, end)
+        timer.start()
+        result = invoked(*arguments(budget=2))
+        timer.join()
+    assert result.exit_code == 0, result.output
+    assert study_of(journal.parent).user_attrs["mine"] == 1
+    assert len(log_of(journal.parent)) == 2
 
 
 @pytest.mark.slow

@@ -202,20 +202,27 @@ class Study:
         file = self._job.folder / JOURNAL
 
         class Lock:
-            """One that no killed process leaves behind; who gets it mends a half-written line."""
+            """One that no killed process leaves behind; who gets it mends a half-written line.
+
+            Optuna's own lock is a file beside the journal that a killed process does leave, so this
+            one has another name. Who appends under Optuna's does so whole lines at a time, and is
+            asked to wait while a line is mended.
+            """
 
             def __init__(self) -> None:
-                # Not the journal's name and .lock: programs that use Optuna's own lock wait for that.
                 self._lock = FileLock(file.with_name("appending"))
 
             def acquire(self) -> bool:
                 self._lock.acquire()
-                with file.open("rb+") as log:
-                    if log.seek(0, os.SEEK_END):
-                        log.seek(-1, os.SEEK_END)
-                        if log.read() != b"\n":
-                            log.seek(0)
-                            log.truncate(log.read().rfind(b"\n") + 1)
+                if not _ends_well(file):
+                    others = journal.JournalFileOpenLock(str(file))
+                    others.acquire()
+                    try:
+                        if not _ends_well(file):
+                            with file.open("rb+") as log:
+                                log.truncate(log.read().rfind(b"\n") + 1)
+                    finally:
+                        others.release()
                 return True
 
             def release(self) -> None:
@@ -261,6 +268,15 @@ class Study:
             for path in (self._job.folder / TRIALS).iterdir():
                 if path.stem not in kept:
                     remove_model(path)
+
+
+def _ends_well(file: pathlib.Path) -> bool:
+    """Whether the last line has an end, if there is any."""
+    with file.open("rb") as lines:
+        if not lines.seek(0, os.SEEK_END):
+            return True
+        lines.seek(-1, os.SEEK_END)
+        return lines.read() == b"\n"
 
 
 def _finished(trials: list[Any]) -> list[Any]:
