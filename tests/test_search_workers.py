@@ -180,12 +180,13 @@ def test_a_command_that_outlives_its_search_is_killed(place):
     assert is_gone(pid)
 
 
-def test_asked_to_end_it_ends_its_commands(place):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_end_it_ends_its_commands(place, number):
     search = started(*arguments(command="echo $$ > pid; sleep 300; echo {model} 1", budget=1))
     wait_for(place / "pid", search)
-    search.terminate()
+    os.kill(search.pid, number)
     said = search.communicate(timeout=60)[0]
-    assert search.returncode == 128 + signal.SIGTERM, said
+    assert search.returncode == 128 + number, said
     assert is_gone(int((place / "pid").read_text()))
     assert not list((place / "best.search" / "trials").glob("*"))
 
@@ -196,12 +197,107 @@ def test_a_hanging_child_dies_with_its_command(place):
     assert is_gone(int((place / "child").read_text()))
 
 
-def test_what_a_command_leaves_in_background_keeps_nobody_waiting(place):
+def test_what_a_command_leaves_in_background_keeps_nobody_waiting_and_ends(place):
     began = time.monotonic()
-    result = invoked(*arguments(command="sleep 20 & echo {model} 1", budget=2))
+    result = invoked(*arguments(command="sleep 60 & echo $! >> left; echo {model} 1", budget=2))
     assert result.exit_code == 0, result.output
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert len(log_of(place / "best.search")) == 2
+    left = (place / "left").read_text().split()
+    assert len(left) == 2
+    assert all(is_gone(int(pid)) for pid in left)
+
+
+def test_a_command_may_go_elsewhere_and_print_in_colours(place):
+    command = "cd / && test -d {model} && printf 'score \\033[32m0.25\\033[0m\\n'"
+    result = invoked(*arguments(command=command, budget=1))
+    assert result.exit_code == 0, result.output
+    assert log_of(place / "best.search")[0]["score"] == 0.25
+
+
+def test_a_trial_that_somebody_else_ends_is_left_to_them(place):
+    """By Optuna's own commands, while it is scored here."""
+    tell = "import optuna; s = optuna.storages.journal; "
+    tell += "s = optuna.storages.JournalStorage(s.JournalFileBackend('best.search/study.journal'));"
+    tell += "optuna.load_study(study_name='best.search', storage=s).tell(1, state=2)"
+    tell = tell.replace("state=2", "state=optuna.trial.TrialState.FAIL")
+    command = f'case {{model}} in *0002) {sys.executable} -c "{tell}";; esac; echo 5'
+    result = invoked(*arguments(command=command, budget=3))
+    assert result.exit_code == 0, result.output
+    assert [trial.state.name for trial in study_of(place / "best.search").trials] == [
+        "COMPLETE", "FAIL", "COMPLETE",
+    ]  # fmt: skip
+    assert "mergekit-pcb search" in (place / "best.yml").read_text()
+
+
+def test_what_is_written_beside_a_model_stays_while_it_is_scored_and_no_longer(place):
+    """Two commands run at once; each finds, at its end, what it wrote at its beginning."""
+    command = "mkdir {model}_eval && echo '{\"a\": 1}' > {model}_eval/r.json; echo > {model}.log; "
+    command += "sleep 0.$((RANDOM % 5 + 1)); test -e {model}_eval/r.json && test -e {model}.log"
+    words = arguments("--score", "a={model}_eval/r.json:a", "--jobs", 2, command=command)
+    result = invoked(*words)
+    assert result.exit_code == 0, result.output
+    assert [trial["error"] for trial in log_of(place / "best.search")] == [None] * 6
+    assert not list((place / "best.search" / "trials").glob("*"))
+
+
+def test_processes_take_turns_where_a_score_has_one_file_for_all(place):
+    command = "n=$(basename {model}); echo '{\"a\": '${n#000}'}' > r.json; sleep 0.3"
+    words = arguments("--score", "a=r.json:a", command=command)
+    both = [started(*words), started(*words)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    trials = log_of(place / "best.search")
+    assert [trial["score"] for trial in trials] == [trial["trial"] for trial in trials]
+    assert len(trials) == 6
+
+
+def test_values_that_cannot_be_merged_are_trials_that_failed(place, monkeypatch):
+    from mergekit_pcb.tools import search_merges
+
+    real, asked = search_merges.Merges._merge, []
+
+    def sometimes(self, *given):
+        asked.append(1)
+        if len(asked) in failing:
+            raise failing[len(asked)]
+        real(self, *given)
+
+    monkeypatch.setattr(search_merges.Merges, "_merge", sometimes)
+    words = ["--search", "density"]
+    failing = {
+        2: PCBError("solve", "the matrix is large", "use another card"),
+        3: torch.OutOfMemoryError("CUDA out of memory"),
+    }
+    result = invoked(*arguments(*words, budget=4))
+    assert result.exit_code == 0, result.output
+    errors = [trial["error"] for trial in log_of(place / "best.search")]
+    assert errors[1].startswith("the merge failed: cannot solve, because the matrix is large")
+    assert errors == [None, errors[1], "the merge failed: CUDA out of memory", None]
+    # Where the configuration itself cannot be merged, nothing is searched.
+    asked.clear()
+    failing = {1: PCBError("merge", "it is damaged", "repair it")}
+    assert "it is damaged; repair it" in refused(*arguments(*words, "--work", "other"))
+
+
+def test_a_folder_that_was_renamed_goes_on(place):
+    assert invoked(*arguments(budget=3)).exit_code == 0
+    (place / "best.search").rename(place / "kept.search")
+    assert invoked(*arguments("--work", "kept.search", budget=4)).exit_code == 0
+    assert len((place / "seen").read_text().split()) == 4
+
+
+def test_a_database_may_lie_in_the_folder_and_belongs_to_it(place, tmp_path_factory, monkeypatch):
+    words = ["--storage", f"sqlite:///{place}/best.search/trials.db"]
+    assert invoked(*arguments(*words, budget=2)).exit_code == 0
+    assert invoked(*arguments(*words, budget=3)).exit_code == 0
+    assert len((place / "seen").read_text().split()) == 3
+    # A folder of the same name on another machine does not know who lives.
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "config.yml").write_text((place / "config.yml").read_text())
+    monkeypatch.chdir(elsewhere)
+    said = refused(*arguments(*words, budget=4))
+    assert "it was begun in another folder than best.search, by whose files workers" in said
 
 
 # --- Scores from files ------------------------------------------------------------------------
@@ -297,6 +393,44 @@ def test_several_scores_make_a_front(place, made):
         trial = study.trials[int(name[6:10]) - 1]
         for i, model in enumerate(document["models"], 1):
             assert model["parameters"]["weight"] == round(trial.params[f"weight {i}"], 4)
+
+
+def test_what_stands_beside_a_model_is_neither_overwritten_nor_taken_for_its_score(
+    place, tmp_path_factory, monkeypatch
+):
+    """Results of an earlier evaluation, in a file and in a folder; on the card that was named."""
+    models = tmp_path_factory.mktemp("models")
+    paths = save_family(models, tiny_llama(layers=1), tasks=2)
+    for path in paths:
+        (path / "results").mkdir()
+        for name in ("r.json", "results/r.json"):
+            (path / name).write_text('{"a": 99}')
+            os.utime(path / name, (1, 1))
+    config = configuration(paths, parameters={"density": 0.3}, dtype="float32")
+    (place / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    command = "echo $CUDA_VISIBLE_DEVICES >> cards; case {model} in *reference) test -e fails && "
+    command += "exit 3;; esac; mkdir -p {model}/results; "
+    command += "for f in r.json results/r.json; do echo '{\"a\": 1}' > {model}/$f; done"
+    words = ["--score", "a={model}/r.json:a", "--score", "b={model}/results/r.json:a"]
+    words += ["--gpus", "3"]
+    result = invoked(*arguments(*words, command=command, budget=1))
+    assert result.exit_code == 0, result.output
+    for path in paths:
+        assert json.loads((path / "r.json").read_text()) == {"a": 99}
+        assert json.loads((path / "results" / "r.json").read_text()) == {"a": 99}
+        (path / "r.json").write_text("it changes as long as nobody searches")
+    assert set((place / "cards").read_text().split()) == {"3"}
+    table = (place / "best.front" / "front.md").read_text()
+    assert "| expert0 | 1 | 1 |" in table
+    assert invoked(*arguments(*words, command=command, budget=2)).exit_code == 0
+    # What cannot be scored is not tried again, and not shown.
+    (place / "fails").touch()
+    words += ["--work", "other"]
+    said = [invoked(*arguments(*words, command=command, budget=n)).output for n in (1, 2)]
+    assert "expert0 could not be scored: the command exited with 3" in said[0]
+    assert "could not be scored" not in said[1]
+    assert "expert0" not in (place / "best.front" / "front.md").read_text()
 
 
 def test_killed_while_the_base_was_scored_it_goes_on(place):
@@ -509,6 +643,26 @@ def test_a_locked_database_is_told(place):
         said = refused(*arguments("--storage", "sqlite:///trials.db"))
     assert "cannot open the study in sqlite:///trials.db, because" in said
     assert "locked" in said
+
+
+@pytest.mark.parametrize("step", ["tell", "claim"])
+@pytest.mark.parametrize("error", [PCBError("reach", "it is away", "go on"), OSError(5, "away")])
+def test_a_short_outage_ends_nothing(place, monkeypatch, step, error):
+    from mergekit_pcb.tools import search_files, search_study
+
+    real, asked = getattr(search_study.Study, step), []
+
+    def away(self, *given):
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise error
+        return real(self, *given)
+
+    monkeypatch.setattr(search_study.Study, step, away)
+    monkeypatch.setattr(search_files, "PAUSES", (0, 0, 0))
+    result = invoked(*arguments(command="echo {model} 7; echo x >> scored", budget=3))
+    assert result.exit_code == 0, result.output
+    assert (place / "scored").read_text().split() == ["x"] * 3
 
 
 @pytest.mark.parametrize("times", [2, 9])

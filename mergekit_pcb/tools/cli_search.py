@@ -79,7 +79,7 @@ def _numbers(_: Any, __: Any, text: str | None) -> tuple[int, ...]:
     type=click.Path(file_okay=False, path_type=pathlib.Path),
     help="Folder for the study and models. Default: the output's name with .search.",
 )
-@click.option("--storage", help="Optuna storage URL. Default: a journal in that folder.")
+@click.option("--storage", help="Optuna storage URL, beside that folder. Default: a journal in it.")
 @host_options
 def search(
     config: pathlib.Path,
@@ -145,14 +145,14 @@ def search(
         raise PCBError(
             "find a best configuration",
             f"all {len(found.trials)} trials failed, the last because {found.trials[-1].error}",
-            f"try the command by hand (the study is in {job.folder})",
+            f"try the command by hand; then remove {job.folder}, where the study is, to begin anew",
         )
     if result.front:
         click.echo((output.with_suffix(".front") / "front.md").read_text(encoding="utf-8"))
         said = f"{len(result.front)} configurations that none beats in every score"
         click.echo(f"{output.with_suffix('.front')}: {said}")
     else:
-        first = found.trials[0].score
+        (first,) = [trial.score for trial in found.trials if trial.trial == 1] or [None]
         began = "failed" if first is None else f"{first:g}"
         click.echo(f"{output}: score {best.score:g} in trial {best.trial} (the start: {began})")
     for file in result.written:

@@ -13,15 +13,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
@@ -32,10 +32,14 @@ from mergekit_pcb.tools.search_job import Job, configured, space_of
 from mergekit_pcb.tools.search_merges import Merges, written
 from mergekit_pcb.tools.search_scores import Scorer, remove_model
 from mergekit_pcb.tools.search_space import EvaluationError, Found, Trial, require_optuna
-from mergekit_pcb.tools.search_study import REFERENCE, Claim, Study
+from mergekit_pcb.tools.search_study import REFERENCE, SCORING, Claim, Study
 
-#: Seconds between attempts to write down what a trial scored.
+Result = TypeVar("Result")
+#: Seconds between attempts to reach the study.
 PAUSES = (1, 4, 15)
+#: Ends of names of files with weights, and the largest other one, in bytes, that is copied.
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+LARGEST_COPY = 64 << 20
 #: The name of the models' own scores in the study.
 REFERENCES = "scores of the base and the experts"
 
@@ -55,7 +59,7 @@ def run(job: Job, options: Any) -> Searched:
     require_optuna()  # complain before anything is written
     space = space_of(job)
     space.axes()
-    scorer = Scorer(job.command, job.scores, job.timeout)
+    scorer = Scorer(job.command, job.scores, job.timeout, job.folder / SCORING)
     cards = _cards(job)
     with written(job.folder):
         study = Study(job, space, scorer.names)
@@ -65,7 +69,7 @@ def run(job: Job, options: Any) -> Searched:
             if len(study.ended()) < job.budget:
                 merges.prepare()
                 if len(scorer.names) > 1:
-                    _score_references(job, study, scorer)
+                    _score_references(job, study, scorer, cards[0])
                 _Workers(job, options, study, merges, scorer).run(cards)
         with written(job.output.parent), study.alone():
             return _told(job, study, scorer.names)
@@ -105,10 +109,11 @@ class _Workers:
             task.result()
 
     def _work(self, environment: dict[str, str]) -> None:
-        while not self._stop.is_set() and (claim := self._study.claim()):
+        while not self._stop.is_set() and (claim := self._claim()):
             began, scores, error = time.monotonic(), None, None
+            start = claim.trial.number == 0
             try:
-                model = self._merges.trial(claim.weights, claim.shared, claim.folder)
+                model = self._merges.trial(claim.weights, claim.shared, claim.folder, start=start)
                 scores = self._scorer(model, environment)
             except EvaluationError as failure:
                 error = str(failure)
@@ -119,8 +124,7 @@ class _Workers:
                 return  # it was stopped, and is tried again
             with written(self._job.folder):
                 self._tell(claim, scores, error, time.monotonic() - began)
-            with written(self._job.output.parent), self._study.alone():
-                best = write_best(self._job, self._study)
+            best = self._patiently(self._write_best)
             with self._shown:
                 if error is not None:
                     why = " as another did" if error in self._reasons else f": {error}"
@@ -132,17 +136,29 @@ class _Workers:
     def _tell(
         self, claim: Claim, scores: list[float] | None, error: str | None, seconds: float
     ) -> None:
-        """Write a trial's scores down, in several attempts: they may have taken hours."""
-        for pause in PAUSES:
-            with contextlib.suppress(PCBError):
-                return self._study.tell(claim, scores, error, seconds)
-            self._stop.wait(pause)
+        """Write a trial's scores down."""
         try:
-            return self._study.tell(claim, scores, error, seconds)
+            self._patiently(lambda: self._study.tell(claim, scores, error, seconds))
         except PCBError as failure:
             number, (_, because, remedy) = claim.trial.number + 1, failure.beats
             what = f"write down that trial {number} scored {scores}"
             raise PCBError(what, because, remedy) from None
+
+    def _claim(self) -> Claim | None:
+        with written(self._job.folder):
+            return self._patiently(self._study.claim)
+
+    def _write_best(self) -> str:
+        with written(self._job.output.parent), self._study.alone():
+            return write_best(self._job, self._study)
+
+    def _patiently(self, step: Callable[[], Result]) -> Result:
+        """Take a step in several attempts: what would be lost may have taken hours."""
+        for pause in PAUSES:
+            with contextlib.suppress(PCBError, OSError):
+                return step()
+            self._stop.wait(pause)
+        return step()
 
 
 def write_best(job: Job, study: Study) -> str:
@@ -181,7 +197,8 @@ def _told(job: Job, study: Study, names: list[str]) -> Searched:
     for trial in front:
         said = ", ".join(f"{n} {s:g}" for n, s in zip(names, trial.scores or [], strict=True))
         write_text(folder / f"trial-{trial.trial:04d}.yml", _yaml(job, trial, said))
-    others = study.optuna_study.user_attrs.get(REFERENCES, {})
+    known = study.optuna_study.user_attrs.get(REFERENCES, {})
+    others = {name: scores for name, scores in known.items() if scores is not None}
     write_text(folder / "front.md", search_figures.table(names, front, others))
     files = [folder / "front.md"]
     if search_figures.front(names, found, front, others, folder / "front.png"):
@@ -189,32 +206,57 @@ def _told(job: Job, study: Study, names: list[str]) -> Searched:
     return Searched(found, front, files)
 
 
-def _score_references(job: Job, study: Study, scorer: Scorer) -> None:
-    """Score the base and the experts themselves, once, so that the front can be seen beside."""
-    folder = job.folder / REFERENCE
-    with FileLock(f"{folder}.lock"):
+def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, str]) -> None:
+    """Score the base and the experts themselves, once, so that the front can be seen beside.
+
+    One that cannot be scored is not tried again.
+    """
+    folder, names = job.folder / REFERENCE, list(named_models(job.configuration))
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tqdm.write("another process scores the base and the experts; waiting for it")
+        lock.acquire()
+    try:
         with study.alone():
             known: dict[str, Any] = dict(study.optuna_study.user_attrs.get(REFERENCES, {}))
-        for name in named_models(job.configuration):
+        for number, name in enumerate(names, 1):
             if name in known:
                 continue
             if not pathlib.Path(name).is_dir():
                 tqdm.write(f"{name} is not scored beside the trials: it is no local folder")
                 continue
+            tqdm.write(f"scoring {name}, {number} of {len(names)} beside the trials")
             remove_model(folder)  # what a search that was killed has left
-            folder.mkdir()
             try:
-                # Links: what the command writes beside the model stays out of the user's own.
-                for file in pathlib.Path(name).resolve().iterdir():
-                    (folder / file.name).symlink_to(file)
-                known[name] = scorer(folder, {})
+                with written(job.folder):
+                    _copy(pathlib.Path(name), folder)
+                known[name] = scorer(folder, card)
             except EvaluationError as error:
                 tqdm.write(f"{name} could not be scored: {error}")
-                continue
+                known[name] = None
             finally:
                 remove_model(folder)
             with study.alone():
                 study.optuna_study.set_user_attr(REFERENCES, known)
+    finally:
+        lock.release()
+
+
+def _copy(model: pathlib.Path, folder: pathlib.Path) -> None:
+    """A copy of a model with links to its weights: what a command writes stays out of the user's.
+
+    Times of change are kept, so that no old result looks new.
+    """
+    folder.mkdir()
+    for file in sorted(model.resolve().iterdir()):
+        if file.is_dir() and not file.is_symlink():
+            _copy(file, folder / file.name)
+        elif file.is_file() and file.suffix not in WEIGHTS and file.stat().st_size <= LARGEST_COPY:
+            shutil.copy2(file, folder)
+        else:
+            (folder / file.name).symlink_to(file)
 
 
 def _cards(job: Job) -> list[dict[str, str]]:
@@ -242,10 +284,15 @@ def _ending_when_asked() -> Iterator[None]:
     def end(number: int, _: Any) -> None:
         raise click.exceptions.Exit(128 + number)
 
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if mine else None
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # asked, and left by its terminal
+            number = getattr(signal, name, None)
+            # Under nohup the terminal's end is ignored, and stays so.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, end) or signal.SIG_DFL
     try:
         yield
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

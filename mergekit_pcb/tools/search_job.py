@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,11 @@ from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Shared, Space
 SHARED: dict[str, float | str] = {"lambda": 1.0, "density": 0.1, "anchor": 0.1, "refine": "none"}
 #: Beside the best configuration: the work, a front, a picture.
 TAKEN = (".search", ".front", ".png")
+#: Files of a model that mergekit and transformers read.
+READ = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|index\.json|model)|(adapter_)?config\.json"
+    r"|(tokenizer|vocab|merges|special_tokens|added_tokens).*"
+)
 #: What a trial needs no merge for, but a weighted sum of files.
 LINEAR = {"weight", "lambda"}
 
@@ -100,9 +106,15 @@ class Job:
 
 
 def _files_of(name: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of change of a local model's files."""
+    """Names, sizes and times of change of the files that a local model is read from.
+
+    Others may come and go beside them: results of an evaluation, logs, a card.
+    """
     place = pathlib.Path(name)
-    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    files = sorted(place.iterdir()) if place.is_dir() else []
+    files = [file for file in files if READ.fullmatch(file.name) and file.is_file()]
+    if place.is_file():
+        files = [place]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 

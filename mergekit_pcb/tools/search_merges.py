@@ -36,7 +36,7 @@ from mergekit_pcb.host.plan import PlanOptions
 from mergekit_pcb.host.statistics_file import digest
 from mergekit_pcb.tools.check_text import dtype_of
 from mergekit_pcb.tools.search_job import Job, configured
-from mergekit_pcb.tools.search_space import Shared
+from mergekit_pcb.tools.search_space import EvaluationError, Shared
 from mergekit_pcb.tools.search_study import CONTRIBUTIONS, FORMAT, MERGED
 
 
@@ -89,8 +89,14 @@ class Merges:
         finally:
             lock.release()
 
-    def trial(self, weights: Sequence[float], shared: Shared, folder: pathlib.Path) -> pathlib.Path:
-        """Write the model of these values into a folder of its own."""
+    def trial(
+        self, weights: Sequence[float], shared: Shared, folder: pathlib.Path, *, start: bool = False
+    ) -> pathlib.Path:
+        """Write the model of these values into a folder of its own.
+
+        Raises :class:`EvaluationError` where there is no merge of these values, unless it is the
+        ``start``: a configuration that cannot be merged as it stands is not searched.
+        """
         with written(self._job.folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(exist_ok=True)
@@ -100,7 +106,12 @@ class Merges:
             else:
                 changed = configured(self._job.configuration, weights, shared)
                 with self._merging:
-                    self._merge(changed, folder, self._options)
+                    try:
+                        self._merge(changed, folder, self._options)
+                    except (PCBError, RuntimeError, ValueError) as error:
+                        if start:
+                            raise
+                        raise EvaluationError(f"the merge failed: {one_line(error)}") from None
         return folder
 
     def clean(self) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.tools.search_space import EvaluationError, finite
@@ -27,6 +28,10 @@ from mergekit_pcb.tools.search_space import EvaluationError, finite
 NUMBER = re.compile(
     r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\bnan\b|[-+]?\binf\b", re.IGNORECASE
 )
+#: What a terminal would take for a colour.
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+#: Seconds after which it is asked again whether to wait.
+WAIT = 1.0
 #: Of a file without the key that was asked for, so many that it has are named.
 NAMED = 8
 
@@ -98,10 +103,22 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 class Scorer:
-    """Runs the command on models, several at a time if it is asked to."""
+    """Runs the command on models, several at a time if it is asked to.
 
-    def __init__(self, command: str, scores: Sequence[Score], timeout: float | None) -> None:
+    Where the command writes a score to a file of one name for all models, it has that file to
+    itself: ``turns`` is a lock's, which every worker of the search takes in turn.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        scores: Sequence[Score],
+        timeout: float | None,
+        turns: pathlib.Path,
+    ) -> None:
         self._command, self._scores, self._timeout = command, scores, timeout
+        shared = any("{model}" not in score.file for score in scores)
+        self._turns = turns if shared else None
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
         self._stopped = False
@@ -112,16 +129,36 @@ class Scorer:
 
     def __call__(self, model: pathlib.Path, environment: dict[str, str]) -> list[float]:
         """The scores of a model, or :class:`EvaluationError` with the reason why there are none."""
-        began = time.time()
-        said = self._run(model, environment)
-        if self._scores:
+        model = model.absolute()  # the command may go elsewhere
+        with self._turn():
+            began = time.time()
+            said = self._run(model, environment)
             found = [score.read(model, began) for score in self._scores]
-        elif not (numbers := NUMBER.findall(said)):
-            raise EvaluationError("the command printed no number")
-        else:
+        if not self._scores:
+            numbers = NUMBER.findall(COLOUR.sub("", said))
+            if not numbers:
+                raise EvaluationError("the command printed no number")
             found = [float(numbers[-1])]
         named = [f"the score {score.name}" for score in self._scores] or ["the score"]
         return [finite(value, name) for value, name in zip(found, named, strict=True)]
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keep other workers from the file, and stop waiting for it when the search is stopped."""
+        if self._turns is None:
+            yield
+            return
+        lock = FileLock(self._turns)
+        while True:
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=WAIT)
+                break
+            if self._stopped:
+                raise EvaluationError("the search was stopped")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def stop(self) -> None:
         """Kill what runs, and start nothing more."""
@@ -153,9 +190,9 @@ class Scorer:
             except subprocess.TimeoutExpired:
                 raise EvaluationError(f"the command took longer than {self._timeout:g} s") from None
             finally:
-                if process.poll() is None:
-                    _kill(process.pid)
-                    process.wait()
+                # What it left running in background would keep its card, model after model.
+                _kill(process.pid)
+                process.wait()
                 with self._lock:
                     self._running.discard(process)
             texts = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from mergekit_pcb.core.dare import GENERATOR
 from mergekit_pcb.errors import PCBError, one_line
+from mergekit_pcb.files import write_text
 from mergekit_pcb.tools.search_job import Job
 from mergekit_pcb.tools.search_scores import remove_model
 from mergekit_pcb.tools.search_space import (
@@ -32,12 +34,13 @@ from mergekit_pcb.tools.search_space import (
     without_remarks,
 )
 
-FORMAT = "mergekit-pcb search, version 5"
-JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE = (
-    "study.journal", "contributions", "merged", "trials", "workers", "reference"
+FORMAT = "mergekit-pcb search, version 6"
+JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, SCORING, IDENTITY = (
+    "study.journal", "contributions", "merged", "trials", "workers", "reference", "scoring",
+    "identity",
 )  # fmt: skip
 _OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, f"{REFERENCE}.pid"}
-_OWN |= {"lock", "appending", "measuring"}
+_OWN |= {"lock", "appending", "measuring", SCORING, IDENTITY}
 #: Of a trial that somebody ended by Optuna's own commands.
 _ELSEWHERE = {"error": "it was ended by another program", "seconds": 0.0}
 
@@ -68,10 +71,11 @@ class Study:
         )
         self._lock = FileLock(job.folder / "lock")
         self._name = uuid.uuid4().hex
-        _refuse_other_folders(job.folder)
+        _refuse_other_folders(job.folder, job.storage)
         (job.folder / WORKERS).mkdir(parents=True, exist_ok=True)
         self._here = FileLock(self._lock_of(self._name), thread_local=False)
-        self._here.acquire()
+        with self._lock:  # nobody asks whether it is held before it is
+            self._here.acquire()
         try:
             with self.alone():
                 self._study = self._opened(scores)
@@ -113,12 +117,13 @@ class Study:
     def tell(
         self, claim: Claim, scores: list[float] | None, error: str | None, seconds: float
     ) -> None:
-        """Write down what came of a trial."""
-        with self.alone():
-            claim.trial.set_user_attr("outcome", {"error": error, "seconds": round(seconds, 3)})
-            state = self._states.FAIL if scores is None else None
-            with contextlib.suppress(ValueError):  # another worker took it over, and was faster
-                self._study.tell(claim.trial, scores, state=state)
+        """Write down what came of a trial, unless somebody else has ended it meanwhile."""
+        outcome = {"error": error, "seconds": round(seconds, 3)}
+        state = self._states.FAIL if scores is None else None
+        ended = self._optuna.exceptions.UpdateFinishedTrialError
+        with self.alone(), contextlib.suppress(ended, ValueError):
+            claim.trial.set_user_attr("outcome", outcome)
+            self._study.tell(claim.trial, scores, state=state)
 
     def ended(self) -> list[Trial]:
         """The trials that are over, by their number."""
@@ -163,17 +168,21 @@ class Study:
         """The study of this job, begun if there is none; another job's is refused."""
         lower = self._job.minimized
         told = {"format": FORMAT, "generator": GENERATOR, "digest": self._job.digest()}
+        if self._job.storage is not None:
+            told["folder"] = self._identity()
         try:
             with without_remarks():
+                storage = self._storage()
                 study = self._optuna.create_study(
-                    study_name=self._job.folder.resolve().name,
-                    storage=self._storage(),
+                    study_name=self._study_name(storage),
+                    storage=storage,
                     sampler=sampler(self._space, self._job.seed, len(lower)),
                     directions=["minimize" if low else "maximize" for low in lower],
                     load_if_exists=True,
                 )
                 begun = study.get_trials(deepcopy=False)
-                if not study.user_attrs and all(t.state is self._states.WAITING for t in begun):
+                waiting = all(t.state is self._states.WAITING for t in begun)
+                if "mergekit-pcb" not in study.user_attrs and waiting:
                     if not begun:
                         study.enqueue_trial(self._space.start())
                     study.set_metric_names(scores)
@@ -186,7 +195,15 @@ class Study:
                 one_line(error),
                 "check the storage, or leave --storage out",
             ) from None
-        if study.user_attrs.get("mergekit-pcb") != told:
+        stored = study.user_attrs.get("mergekit-pcb")
+        if isinstance(stored, dict) and {**stored, "folder": told.get("folder")} == told != stored:
+            raise PCBError(
+                f"join the study in {_without_password(self._job)}",
+                f"it was begun in another folder than {self._job.folder}, by whose files workers "
+                "know of one another",
+                "share that folder, or name another one with --work for a study of its own",
+            )
+        if stored != told:
             raise PCBError(
                 f"go on with the search in {self._job.folder}",
                 "it was begun with other models, another configuration, command, options or "
@@ -195,9 +212,25 @@ class Study:
             )
         return study
 
+    def _study_name(self, storage: Any) -> str:
+        """The folder's; a journal has one study, and the folder may have been renamed since."""
+        name = self._job.folder.resolve().name
+        there = self._optuna.get_all_study_names(storage) if self._job.storage is None else []
+        return there[0] if len(there) == 1 else name
+
+    def _identity(self) -> str:
+        """What tells this folder from one of the same name on another machine."""
+        file = self._job.folder / IDENTITY
+        if not file.exists():
+            write_text(file, uuid.uuid4().hex)
+        return file.read_text(encoding="utf-8")
+
     def _storage(self) -> Any:
         if self._job.storage is not None:
-            return self._optuna.storages.get_storage(self._job.storage)
+            # A connection that a server has dropped since it was used last is made anew.
+            engine = {"pool_pre_ping": True}
+            database = self._optuna.storages.RDBStorage(self._job.storage, engine_kwargs=engine)
+            return self._optuna.storages.get_storage(database)
         journal = self._optuna.storages.journal
         file = self._job.folder / JOURNAL
 
@@ -257,17 +290,24 @@ class Study:
             lock.acquire(timeout=0)
         except Timeout:
             return True
+        with contextlib.suppress(OSError):  # not all systems remove an open file
+            file.unlink(missing_ok=True)
         lock.release()
         file.unlink(missing_ok=True)
         return False
 
     def _remove_leftovers(self, alive: set[int]) -> None:
-        """Of trials that nobody tries any more: their models, and the commands that score them."""
+        """Of trials that nobody tries any more: their models, and the commands that score them.
+
+        What a command writes beside the model, under a name that begins with it, goes with it.
+        """
         kept = {self._folder(number).name for number in alive}
         with contextlib.suppress(FileNotFoundError):
             for path in (self._job.folder / TRIALS).iterdir():
-                if path.stem not in kept:
+                if re.match(r"\d*", path.name)[0] not in kept:  # type: ignore[index]
                     remove_model(path)
+                    if not path.is_dir():
+                        path.unlink(missing_ok=True)
 
 
 def _ends_well(file: pathlib.Path) -> bool:
@@ -283,9 +323,15 @@ def _finished(trials: list[Any]) -> list[Any]:
     return [trial for trial in trials if trial.state.is_finished()]
 
 
-def _refuse_other_folders(folder: pathlib.Path) -> None:
-    """A search removes what it left, so that its folder must hold nothing of anybody else's."""
+def _refuse_other_folders(folder: pathlib.Path, storage: str | None) -> None:
+    """A search removes what it left, so that its folder must hold nothing of anybody else's.
+
+    A database of SQLite that is the search's own may lie in it.
+    """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if storage is not None and storage.startswith("sqlite"):
+        database = storage.partition("?")[0].rpartition("/")[2]
+        names -= {database + end for end in ("", "-journal", "-wal", "-shm")}
     if "trials.jsonl" in names:
         raise PCBError(
             f"go on with the search in {folder}",
