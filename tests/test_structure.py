@@ -199,12 +199,14 @@ ARROWS = {
         "tools.search_scores",
         "tools.search_space",
     },
+    "tools.search_storage": {"errors", "files", "tools.search_job", "tools.search_space"},
     "tools.search_study": {
         "core.dare",
         "errors",
         "tools.search_job",
         "tools.search_scores",
         "tools.search_space",
+        "tools.search_storage",
     },
     "tools.search_merges": {
         "core.dare",
@@ -222,7 +224,7 @@ ARROWS = {
         "tools.check_text",
         "tools.search_job",
         "tools.search_space",
-        "tools.search_study",
+        "tools.search_storage",
     },
     "tools.search_figures": {
         "errors",
@@ -240,6 +242,7 @@ ARROWS = {
         "tools.search_merges",
         "tools.search_scores",
         "tools.search_space",
+        "tools.search_storage",
         "tools.search_study",
     },
     "tools.cli_options": {"errors", "files", "host.planning"},

@@ -32,7 +32,8 @@ from mergekit_pcb.tools.search_job import Job, configured, space_of
 from mergekit_pcb.tools.search_merges import Merges, written
 from mergekit_pcb.tools.search_scores import Scorer, remove_model
 from mergekit_pcb.tools.search_space import EvaluationError, Found, Trial, require_optuna
-from mergekit_pcb.tools.search_study import REFERENCE, SCORING, Claim, Study
+from mergekit_pcb.tools.search_storage import REFERENCE, SCORING
+from mergekit_pcb.tools.search_study import Claim, Study
 
 Result = TypeVar("Result")
 #: Seconds between attempts to reach the study.

@@ -37,7 +37,7 @@ from mergekit_pcb.host.statistics_file import digest
 from mergekit_pcb.tools.check_text import dtype_of
 from mergekit_pcb.tools.search_job import Job, configured
 from mergekit_pcb.tools.search_space import EvaluationError, Shared
-from mergekit_pcb.tools.search_study import CONTRIBUTIONS, FORMAT, MERGED
+from mergekit_pcb.tools.search_storage import CONTRIBUTIONS, FORMAT, MERGED
 
 
 @contextlib.contextmanager

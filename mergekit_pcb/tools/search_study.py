@@ -9,7 +9,6 @@ number, the same values. That is why a search that was killed repeats what it wo
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import re
 import uuid
@@ -21,7 +20,6 @@ from filelock import FileLock, Timeout
 
 from mergekit_pcb.core.dare import GENERATOR
 from mergekit_pcb.errors import PCBError, one_line
-from mergekit_pcb.files import write_text
 from mergekit_pcb.tools.search_job import Job
 from mergekit_pcb.tools.search_scores import remove_model
 from mergekit_pcb.tools.search_space import (
@@ -33,14 +31,16 @@ from mergekit_pcb.tools.search_space import (
     suggested,
     without_remarks,
 )
+from mergekit_pcb.tools.search_storage import (
+    FORMAT,
+    TRIALS,
+    WORKERS,
+    identity,
+    opened,
+    refuse_other_folders,
+    without_password,
+)
 
-FORMAT = "mergekit-pcb search, version 6"
-JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, SCORING, IDENTITY = (
-    "study.journal", "contributions", "merged", "trials", "workers", "reference", "scoring",
-    "identity",
-)  # fmt: skip
-_OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, f"{REFERENCE}.pid"}
-_OWN |= {"lock", "appending", "measuring", SCORING, IDENTITY}
 #: Of a trial that somebody ended by Optuna's own commands.
 _ELSEWHERE = {"error": "it was ended by another program", "seconds": 0.0}
 
@@ -71,7 +71,7 @@ class Study:
         )
         self._lock = FileLock(job.folder / "lock")
         self._name = uuid.uuid4().hex
-        _refuse_other_folders(job.folder, job.storage)
+        refuse_other_folders(job.folder, job.storage)
         (job.folder / WORKERS).mkdir(parents=True, exist_ok=True)
         self._here = FileLock(self._lock_of(self._name), thread_local=False)
         with self._lock:  # nobody asks whether it is held before it is
@@ -91,7 +91,7 @@ class Study:
                 yield
             except self._unreachable as error:
                 raise PCBError(
-                    f"reach the study in {_without_password(self._job)}",
+                    f"reach the study in {without_password(self._job)}",
                     one_line(error),
                     "continue the search by the same command when it can be reached",
                 ) from None
@@ -169,10 +169,10 @@ class Study:
         lower = self._job.minimized
         told = {"format": FORMAT, "generator": GENERATOR, "digest": self._job.digest()}
         if self._job.storage is not None:
-            told["folder"] = self._identity()
+            told["folder"] = identity(self._job.folder)
         try:
             with without_remarks():
-                storage = self._storage()
+                storage = opened(self._job)
                 study = self._optuna.create_study(
                     study_name=self._study_name(storage),
                     storage=storage,
@@ -191,14 +191,14 @@ class Study:
             raise
         except Exception as error:  # whatever a database's driver raises
             raise PCBError(
-                f"open the study in {_without_password(self._job)}",
+                f"open the study in {without_password(self._job)}",
                 one_line(error),
                 "check the storage, or leave --storage out",
             ) from None
         stored = study.user_attrs.get("mergekit-pcb")
         if isinstance(stored, dict) and {**stored, "folder": told.get("folder")} == told != stored:
             raise PCBError(
-                f"join the study in {_without_password(self._job)}",
+                f"join the study in {without_password(self._job)}",
                 f"it was begun in another folder than {self._job.folder}, by whose files workers "
                 "know of one another",
                 "share that folder, or name another one with --work for a study of its own",
@@ -217,52 +217,6 @@ class Study:
         name = self._job.folder.resolve().name
         there = self._optuna.get_all_study_names(storage) if self._job.storage is None else []
         return there[0] if len(there) == 1 else name
-
-    def _identity(self) -> str:
-        """What tells this folder from one of the same name on another machine."""
-        file = self._job.folder / IDENTITY
-        if not file.exists():
-            write_text(file, uuid.uuid4().hex)
-        return file.read_text(encoding="utf-8")
-
-    def _storage(self) -> Any:
-        if self._job.storage is not None:
-            # A connection that a server has dropped since it was used last is made anew.
-            engine = {"pool_pre_ping": True}
-            database = self._optuna.storages.RDBStorage(self._job.storage, engine_kwargs=engine)
-            return self._optuna.storages.get_storage(database)
-        journal = self._optuna.storages.journal
-        file = self._job.folder / JOURNAL
-
-        class Lock:
-            """One that no killed process leaves behind; who gets it mends a half-written line.
-
-            Optuna's own lock is a file beside the journal that a killed process does leave, so this
-            one has another name. Who appends under Optuna's does so whole lines at a time, and is
-            asked to wait while a line is mended.
-            """
-
-            def __init__(self) -> None:
-                self._lock = FileLock(file.with_name("appending"))
-
-            def acquire(self) -> bool:
-                self._lock.acquire()
-                if not _ends_well(file):
-                    others = journal.JournalFileOpenLock(str(file))
-                    others.acquire()
-                    try:
-                        if not _ends_well(file):
-                            with file.open("rb+") as log:
-                                log.truncate(log.read().rfind(b"\n") + 1)
-                    finally:
-                        others.release()
-                return True
-
-            def release(self) -> None:
-                self._lock.release()
-
-        backend = journal.JournalFileBackend(str(file), lock_obj=Lock())
-        return self._optuna.storages.JournalStorage(backend)
 
     def _trials(self) -> list[Any]:
         with self.alone():
@@ -310,45 +264,5 @@ class Study:
                         path.unlink(missing_ok=True)
 
 
-def _ends_well(file: pathlib.Path) -> bool:
-    """Whether the last line has an end, if there is any."""
-    with file.open("rb") as lines:
-        if not lines.seek(0, os.SEEK_END):
-            return True
-        lines.seek(-1, os.SEEK_END)
-        return lines.read() == b"\n"
-
-
 def _finished(trials: list[Any]) -> list[Any]:
     return [trial for trial in trials if trial.state.is_finished()]
-
-
-def _refuse_other_folders(folder: pathlib.Path, storage: str | None) -> None:
-    """A search removes what it left, so that its folder must hold nothing of anybody else's.
-
-    A database of SQLite that is the search's own may lie in it.
-    """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if storage is not None and storage.startswith("sqlite"):
-        database = storage.partition("?")[0].rpartition("/")[2]
-        names -= {database + end for end in ("", "-journal", "-wal", "-shm")}
-    if "trials.jsonl" in names:
-        raise PCBError(
-            f"go on with the search in {folder}",
-            "an earlier version began it, whose log Optuna cannot read",
-            "name another folder with --work, or remove that one",
-        )
-    other = sorted(name for name in names if name.removesuffix(".lock") not in _OWN)
-    if other or (folder.exists() and not folder.is_dir()):
-        raise PCBError(
-            f"search in {folder}",
-            f"it holds {other[0]}, which is no search's" if other else "it is no folder",
-            "name another folder with --work",
-        )
-
-
-def _without_password(job: Job) -> str:
-    if job.storage is None:
-        return str(job.folder)
-    scheme, found, rest = job.storage.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if found else job.storage
