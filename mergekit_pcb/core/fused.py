@@ -20,7 +20,7 @@ import torch
 
 from mergekit_pcb.core import dare, pools, ranks, rehearsal
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
-from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU
+from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU, current
 from mergekit_pcb.core.threads import Lines, Open, Room
 from mergekit_pcb.core.vectors import Aligned
 
@@ -66,7 +66,8 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
         )
     ):
         return None
-    loops = compiled(device.type, kind)
+    with current(device):  # where the compiled code is tried
+        loops = compiled(device.type, kind)
     if loops is None:
         return None
     return Fused(aligned, loops) if device.type == "cpu" else OnGPU(aligned, loops)

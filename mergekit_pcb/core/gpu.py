@@ -123,7 +123,7 @@ class OnGPU:
             torch.tensor(factors, dtype=torch.float32).to(device),
         )
         options = {"BLOCK": BLOCK_ELEMENTS, "num_warps": 1, "enable_fp_fusion": False, **more}
-        with _current(device):
+        with current(device):
             if blocks:
                 kernel[(PROGRAMS,)](*inputs, 0, blocks, len(base), *given, WHOLE=True, **options)
             if rest:
@@ -139,7 +139,7 @@ class OnGPU:
         counters = -(-count // 16)
         bits = torch.empty(counters, dtype=torch.int16, device=device)
         halves = numpy.array(divmod(key, 1 << 64)[::-1], "u8").view("i8").tolist()
-        with _current(device):
+        with current(device):
             gpu_masks.draw_mask[(-(-counters // COUNTERS),)](
                 bits,
                 counters,
@@ -223,6 +223,6 @@ def _near(balances: Sequence[Balance]) -> bool:
     )
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels start on the GPU that is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -123,7 +123,9 @@ def measure(
     sample, scratch = Sample(count, dtype), Scratch.of_thread(dtype)
 
     def thinned() -> Iterator[Aligned]:
-        return (aligned.under(recipe.dare) for aligned in start_pass())
+        for aligned in start_pass():
+            yield aligned.under(recipe.dare)
+            del aligned  # before the next one is loaded, here and below
 
     if at_hand:
         for aligned in thinned():
@@ -157,6 +159,7 @@ def _intervals(
             else:
                 peak = _magnitudes(aligned, scratch, open_)
             largest, widest = max((largest, widest), (_finite(peak, aligned), aligned.name))
+            del aligned, compiled
         if not representable(largest, len(recipe.densities), scratch.dtype):
             raise OutOfRangeError(widest)
 
@@ -208,6 +211,7 @@ def _balances(
                 found = _scores(aligned, scratch, open_, intervals)
             for task, peak in found.items():
                 peaks[task] = max(peaks[task], peak)
+            del aligned, compiled
 
     competing = [
         task for task, rank in enumerate(ranks) if not intervals[task].constant and rank < count

@@ -18,6 +18,8 @@ from mergekit_pcb.host.parameters import density_remarks, ignored
 from mergekit_pcb.host.plan import Plan
 
 LOG = logging.getLogger(__name__)
+#: Of this process: which ignored parameters were named.
+_said: set[str] = set()
 
 # What old checkpoints hold of causal masks and positions.
 BUFFERS = (
@@ -31,9 +33,16 @@ BUFFERS = (
 
 
 def give(plan: Plan, configuration: BaseModel) -> None:
-    """Log every remark, unless the tool that planned prints them itself."""
+    """Log every remark, unless the tool that planned prints them itself.
+
+    What mergekit ignores is said once in a process: mergekit-evolve writes such parameters into
+    the configuration of every candidate.
+    """
     if getattr(plan.options, "advise", True):
-        for remark in (*ignored_in(configuration.model_dump()), *remarks(plan).values()):
+        document = configuration.model_dump()
+        ignored_here = [one for one in ignored_in(document) if one not in _said]
+        _said.update(ignored_here)
+        for remark in (*ignored_here, *remarks(plan, document).values()):
             LOG.warning(printable(remark))
 
 
@@ -52,14 +61,36 @@ def ignored_in(part: Any) -> Iterator[str]:
             yield from ignored_in(inner)
 
 
-def remarks(plan: Plan) -> dict[str, str]:
-    """All there is to say of a plan, by topic."""
+def remarks(plan: Plan, document: Any) -> dict[str, str]:
+    """All there is to say of a plan and the configuration it was made of, by topic."""
     found = density_remarks(plan.values())
+    if plan.is_raw and (names := sorted(set(_gradients(document)))):
+        found["gradients"] = (
+            f"{', '.join(names)}: of a layer gradient mergekit-pytorch takes the first value for "
+            "every tensor, for it knows no layers; write one value, or filters"
+        )
     if said := _seed_remark(plan):
         found["seed"] = said
     if said := _left_out_remark(plan):
         found["plan"] = said
     return {**found, **refined.remarks(plan)}
+
+
+def _gradients(part: Any) -> Iterator[str]:
+    """Names of the parameters, anywhere in a configuration, that have a value for each layer."""
+    if isinstance(part, dict):
+        for name, value in (part.get("parameters") or {}).items():
+            values = [value]
+            if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+                values = [one.get("value") for one in value]
+            if any(isinstance(one, list) and len(one) > 1 for one in values):
+                yield name
+        for name, inner in part.items():
+            if name != "parameters":
+                yield from _gradients(inner)
+    elif isinstance(part, (list, tuple)):
+        for inner in part:
+            yield from _gradients(inner)
 
 
 def _seed_remark(plan: Plan) -> str:

@@ -57,6 +57,26 @@ def check_shapes(group: TensorGroup) -> None:
             )
 
 
+def refuse_beyond(dtype: torch.dtype | None, merged: torch.Tensor, name: str) -> None:
+    """Refuse a merged tensor that becomes infinite by a cast to a narrower dtype, if to any."""
+    if dtype is None or not (dtype.is_floating_point and merged.is_floating_point()):
+        return
+    largest = torch.finfo(dtype).max
+    if torch.finfo(merged.dtype).max > largest and merged.numel():
+        # Casting keeps the order of numbers.
+        extremes = torch.stack(merged.aminmax())
+        if extremes.isfinite().all() and not extremes.to(dtype).float().isfinite().all():
+            raise beyond(dtype, name)
+
+
+def beyond(dtype: torch.dtype, name: str) -> PCBError:
+    return PCBError(
+        f"store tensor {name}",
+        f"its values do not fit into {dtype}",
+        "lower lambda or the weights, or choose a wider `out_dtype`",
+    )
+
+
 def explained_for(
     group: TensorGroup, *, of_whole_model: bool = False
 ) -> contextlib.AbstractContextManager[None]:

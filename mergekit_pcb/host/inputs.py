@@ -21,11 +21,15 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import damage
-from mergekit_pcb.host.groups import aligned
+from mergekit_pcb.host.groups import aligned, check_shapes
+from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.plan import Plan
 
 Tensors = Mapping[Any, torch.Tensor | None]
+#: End of the names of numbers that old checkpoints hold for their masks, infinite in float16.
+CONSTANT = ".masked_bias"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -60,10 +64,12 @@ class Inputs:
     def tensors(self, device: torch.device) -> Iterator[Aligned]:
         """Load every tensor that the base and all models have in one shape, one at a time.
 
-        The order is mergekit's own loading order.
+        The order is mergekit's own loading order. What is integers before casts takes no part:
+        a mask or a counter. Of the tensors before, nothing is kept while the next are loaded.
         """
-        for task, tensors in self._load([t.gather_tensors for t in self.plan.tasks], device):
-            if self._takes_part(task, tensors):
+        sizes, loads = self.sizes, [task.gather_tensors for task in self.plan.tasks]
+        for task, tensors in self._load(loads, device):
+            if task.output_weight.name in sizes:
                 yield aligned(group_of(task, tensors))
 
     def shapes(self) -> Iterator[tuple[ExecuteMergeMethodTask, Tensors]]:
@@ -84,12 +90,22 @@ class Inputs:
         """Floating-point tensors that take no part, because not every input has them alike."""
         return self._sizes_and_rest[1]
 
+    def refuse_unmergeable(self) -> None:
+        """Raise :class:`PCBError` for the first tensor whose shapes say that it has no merge."""
+        if (obstacle := self._sizes_and_rest[2]) is not None:
+            raise obstacle
+
     @functools.cached_property
-    def _sizes_and_rest(self) -> tuple[dict[str, Size], list[str]]:
+    def _sizes_and_rest(self) -> tuple[dict[str, Size], list[str], PCBError | None]:
         sizes: dict[str, Size] = {}
-        rest = []
+        rest, obstacle = [], None
         for task, tensors in self.shapes():
             name, present = task.output_weight.name, _present(tensors)
+            constant = name.endswith(CONSTANT)
+            try:
+                refuse_unmergeable(task, group_of(task, tensors))
+            except PCBError as error:
+                obstacle = obstacle or error
             if self._takes_part(task, tensors):
                 sizes[name] = Size(
                     present[0].numel(),
@@ -97,14 +113,15 @@ class Inputs:
                     sum(tensor.nbytes for tensor in present),
                     any(tensor.dtype == torch.float64 for tensor in present),
                 )
-            elif all(tensor.is_floating_point() for tensor in present):
+            elif all(tensor.is_floating_point() for tensor in present) and not constant:
                 rest.append(name)
-        return sizes, rest
+        return sizes, rest, obstacle
 
     def _takes_part(self, task: ExecuteMergeMethodTask, tensors: Tensors) -> bool:
         present = _present(tensors)
         return (
             len(present) == len(task.model_order)
+            and not task.output_weight.name.endswith(CONSTANT)
             and all(tensor.is_floating_point() for tensor in present)
             and len({tensor.shape for tensor in present}) == 1
         )
@@ -126,6 +143,7 @@ class Inputs:
             for load, tensors in executor.run(quiet=True):
                 for task in waiting[load]:
                     yield task, tensors
+                tensors.clear()  # the executor holds the same, and would hold it beside the next
 
     def files(self, model: Any) -> list[pathlib.Path]:
         """The files that are read of a model: shards, and a tokenizer that is aligned."""
@@ -157,6 +175,14 @@ def group_of(task: ExecuteMergeMethodTask, tensors: Tensors) -> TensorGroup:
         if (tensor := tensors.get(model)) is not None
     ]
     return TensorGroup(tuple(entries), TensorMetadata.from_weight_info(task.output_weight))
+
+
+def refuse_unmergeable(task: ExecuteMergeMethodTask, group: TensorGroup) -> None:
+    """Raise :class:`PCBError` for a tensor without a base, or of different shapes."""
+    ids = [entry.id for entry in group.entries]
+    if len(ids) > 1 or not task.output_weight.optional:
+        PCBMerge().validate_inputs(ids, task.base_model, group_name=task.output_weight.name)
+    check_shapes(group)
 
 
 def loaders(plan: Plan, model: Any) -> tuple[Any, Any]:
@@ -196,4 +222,6 @@ def _without_cast(load: Any) -> Any:
     if hasattr(load, "tensors"):
         items = {model: _without_cast(inner) for model, inner in load.tensors.items()}
         return type(load)(tensors=items)
-    return load.model_copy(update={"dtype": None}) if hasattr(load, "dtype") else load
+    # On a GPU a tensor that is read there is no longer mapped.
+    fields = {name: None for name in ("dtype", "device") if hasattr(load, name)}
+    return load.model_copy(update=fields) if fields else load

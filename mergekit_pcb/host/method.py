@@ -29,12 +29,12 @@ from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb import _autoload
 from mergekit_pcb.core import merge, refine
-from mergekit_pcb.core.measure import Statistics, check_finite, measure_together
+from mergekit_pcb.core.measure import NotFiniteError, Statistics, check_finite, measure_together
 from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.groups import aligned, check_shapes, explained_for, name_of
+from mergekit_pcb.host.groups import aligned, beyond, check_shapes, explained_for, name_of
 from mergekit_pcb.host.kinds import Kind, assumed, layout_of, unrefined
 from mergekit_pcb.host.parameters import (
     PARAMETERS,
@@ -185,16 +185,18 @@ class PCBMerge(GroupMergeMethod):
         for group, tensor in zip(groups, merged, strict=True):
             # The methods' own check was of the dtype before this cast.
             if out_dtype is not None and not _finite(tensor):
-                raise PCBError(
-                    f"store tensor {group.metadata.name}",
-                    f"its values do not fit into {out_dtype}",
-                    "lower lambda or the weights, or choose a wider `out_dtype`",
-                )
+                raise beyond(out_dtype, name_of(group))
         return merged
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         with explained_for(group):
-            prepared = prepare(group, parameters)
+            try:
+                prepared = prepare(group, parameters)
+            except NotFiniteError:
+                if not _same_in_all(group):
+                    raise
+                constant: torch.Tensor = group.entries[0].tensor  # such as a mask's infinity
+                return constant.clone()
             if (observe := parameters[KNOWN].observe) is not None:
                 observe(prepared)
             merged = prepared.merged()
@@ -249,6 +251,11 @@ def in_memory(
         {**values, KNOWN: Known(tasks, statistics, measured, kind=kinds.get(name, Kind.UNKNOWN))}
         for name, values, tasks in zip(names, parameters, ids, strict=True)
     ]
+
+
+def _same_in_all(group: TensorGroup) -> bool:
+    first, *others = group.tensors
+    return all(torch.equal(first, other) for other in others)
 
 
 def _finite(tensor: torch.Tensor) -> bool:

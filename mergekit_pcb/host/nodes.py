@@ -16,7 +16,7 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import ConfigDict
 
 from mergekit_pcb.core.rules import MODEL
-from mergekit_pcb.host.groups import check_shapes
+from mergekit_pcb.host.groups import check_shapes, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import KNOWN, Known
@@ -82,6 +82,8 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
         parameters = ImmutableMap({**dict(self.parameters.items()), KNOWN: known})
         planned = self.model_copy(update={"parameters": parameters})
         merged: torch.Tensor | None = super(MergeTensor, planned).execute(tensors)
+        if merged is not None:
+            refuse_beyond(self.plan.out_dtype, merged, self.output_weight.name)
         return merged
 
 

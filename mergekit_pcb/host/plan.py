@@ -46,9 +46,16 @@ class Plan:
     ``tasks`` are mergekit's own, one per tensor of the output and at least one.
     """
 
-    def __init__(self, tasks: Sequence[ExecuteMergeMethodTask], options: MergeOptions) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[ExecuteMergeMethodTask],
+        options: MergeOptions,
+        out_dtype: str | None = None,
+    ) -> None:
         self.tasks = tuple(tasks)
         self.options = options
+        #: What mergekit casts results to, if the configuration names it.
+        self.out_dtype = _dtype("out_dtype", out_dtype)
         named = [(task.output_weight.name, values_of(task)) for task in self.tasks]
         self.scope = scope_of(named)
         #: Of the whole model; ``None`` where every tensor has its own.
@@ -91,15 +98,7 @@ class Plan:
                 if hasattr(load, "gather_tensors")
                 else next(iter(load.tensors.values()))
             )
-        try:
-            found: torch.dtype | None = dtype_from_name(load.dtype)
-        except RuntimeError:
-            raise PCBError(
-                f"use dtype: {load.dtype}",
-                "mergekit knows no such dtype",
-                "write float32, bfloat16 or float16",
-            ) from None
-        return found
+        return _dtype("dtype", load.dtype)
 
     @property
     def tokenizer(self) -> BuildTokenizer | None:
@@ -167,6 +166,18 @@ class Plan:
                     f"{first.output_weight.name}), so there is no one model to rank",
                     "give every slice the same models, or use scope: tensor",
                 )
+
+
+def _dtype(field: str, name: str | None) -> torch.dtype | None:
+    try:
+        found: torch.dtype | None = dtype_from_name(name)
+    except RuntimeError:
+        raise PCBError(
+            f"use {field}: {name}",
+            "mergekit knows no such dtype",
+            "write float32, bfloat16 or float16",
+        ) from None
+    return found
 
 
 def _name_in_base(task: ExecuteMergeMethodTask) -> str:

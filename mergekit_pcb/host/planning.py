@@ -119,7 +119,7 @@ def expect(function: Callable[..., Any], parameters: list[str]) -> None:
 def _planned(tasks: Any, options: MergeOptions, configuration: BaseModel) -> list[MergeTensor]:
     if not tasks:
         return []
-    plan = Plan(tasks, options)
+    plan = Plan(tasks, options, getattr(configuration, "out_dtype", None))
     refined.refuse_too_large(plan)
     advice.give(plan, configuration)
     return nodes_of(plan)

@@ -32,21 +32,24 @@ class File(_Strict):
     """What a file was when it was measured."""
 
     size: NonNegativeInt
-    #: Time of its last change; a file that still has it is not read again to compare.
+    #: What the system knows it by; a file of which all of it is the same is not read again to
+    #: compare. Times alone would not do: archives and stores give all files the same.
+    device: int
+    inode: int
     modified_ns: int
+    changed_ns: int
     #: Digest of all of its contents.
     digest: str
 
     @classmethod
     def of(cls, path: pathlib.Path) -> File:
-        status = path.stat()
-        return cls(size=status.st_size, modified_ns=status.st_mtime_ns, digest=digest(path))
+        return cls(**mark(path), digest=digest(path))
 
     def is_still(self, path: pathlib.Path) -> bool:
-        status = path.stat()
-        if status.st_size != self.size:
+        found = mark(path)
+        if found["size"] != self.size:
             return False
-        return status.st_mtime_ns == self.modified_ns or digest(path) == self.digest
+        return found == self.model_dump(exclude={"digest"}) or digest(path) == self.digest
 
 
 class Checkpoint(_Strict):
@@ -82,7 +85,7 @@ class Task(Checkpoint):
 class Document(_Strict):
     """Everything that determines the statistics, and the statistics."""
 
-    format: Literal["mergekit-pcb statistics, version 4"]
+    format: Literal["mergekit-pcb statistics, version 5"]
     versions: dict[str, str]
     clip: FiniteFloat
     #: Which elements DARE kept, and by which generator; null where it was off for all tasks.
@@ -133,6 +136,10 @@ class Wanted:
     layout: str
     models: Sequence[tuple[str, Sequence[pathlib.Path]]]
 
+    def marks(self) -> dict[pathlib.Path, dict[str, int]]:
+        """What every file is known by now."""
+        return {path: mark(path) for _, files in self.models for path in files}
+
 
 def compose(
     statistics: Statistics, wanted: Wanted, *, tensors: int, elements: int, reads: int
@@ -142,7 +149,7 @@ def compose(
     recipe = wanted.recipe
     seeds = [mask.seed for mask in recipe.dare if mask is not None]
     document = Document(
-        format="mergekit-pcb statistics, version 4",
+        format="mergekit-pcb statistics, version 5",
         versions=_versions(),
         clip=recipe.clip,
         seed=seeds[0] if seeds else None,
@@ -237,6 +244,18 @@ def difference(measured: Document, wanted: Wanted) -> str | None:
 
 def digest_of(lines: Iterable[str]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def mark(path: pathlib.Path) -> dict[str, int]:
+    """What the system knows a file by; all of it stays as long as nobody writes to it."""
+    status = path.stat()
+    return {
+        "size": status.st_size,
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "modified_ns": status.st_mtime_ns,
+        "changed_ns": status.st_ctime_ns,
+    }
 
 
 def digest(path: pathlib.Path) -> str:

@@ -31,7 +31,8 @@ class OrderedTokenizer(BuildTokenizer):
         info = super().execute()
         if self.tokenizer_source != "union":
             return info  # a tokenizer of the inputs as it is
-        return ordered(info, self.base_model)
+        # mergekit's own choice, where only slices name a base.
+        return ordered(info, self.base_model or self.referenced_models[0])
 
     def priority(self) -> int:
         return FIRST + 1
@@ -69,7 +70,8 @@ def planned(task: BuildTokenizer, configuration: MergeConfiguration) -> OrderedT
     found = [configuration.base_model]
     for part in parts:
         found += [entry.model for entry in part.models or ()]
-        found += [source.model for piece in part.slices or () for source in piece.sources]
+        for piece in part.slices or ():
+            found += [piece.base_model, *(source.model for source in piece.sources)]
     known = dict.fromkeys(model for model in found if model in task.referenced_models)
     fields = {name: getattr(task, name) for name in BuildTokenizer.model_fields}
     return OrderedTokenizer(**{**fields, "referenced_models": tuple(known)})

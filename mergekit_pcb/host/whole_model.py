@@ -44,6 +44,7 @@ def statistics_of(inputs: Inputs) -> Measured:
     quiet; or read from the configuration's ``statistics``, if they fit.
     """
     _recipe_of(inputs)
+    inputs.refuse_unmergeable()
     for name in inputs.left_aside:
         LOG.warning(
             "tensor %s takes no part in the statistics of the whole model, because not every "
@@ -71,15 +72,24 @@ def reuse(inputs: Inputs, path: pathlib.Path) -> Statistics:
 def measure_to_document(inputs: Inputs) -> Document:
     """Measure a plan, whatever ``statistics`` it names, and say what was found."""
     _recipe_of(inputs)
+    inputs.refuse_unmergeable()
+    wanted = _wanted(inputs)
+    before = wanted.marks()
     measured = _measure(inputs)
-    elements = sum(size.elements for size in inputs.sizes.values())
-    return statistics_file.compose(
+    document = statistics_file.compose(
         measured.statistics,
-        _wanted(inputs),
+        wanted,
         tensors=len(inputs.sizes),
-        elements=elements,
+        elements=sum(size.elements for size in inputs.sizes.values()),
         reads=measured.reads,
     )
+    if changed := [path for path, mark in wanted.marks().items() if before[path] != mark]:
+        raise PCBError(
+            "measure this merge",
+            f"{changed[0]} was changed meanwhile",
+            "measure again when nothing writes to the models",
+        )
+    return document
 
 
 def _recipe_of(inputs: Inputs) -> Recipe:
@@ -119,10 +129,13 @@ def _measure(inputs: Inputs) -> Measured:
             nonlocal reads
             reads += 1
             bar.total = max(2, reads) * nbytes
-            for number, tensor in enumerate(inputs.tensors(plan.device), 1):
+            number = 0
+            for tensor in inputs.tensors(plan.device):
+                number, name = number + 1, tensor.name
                 yield tensor
+                del tensor  # before the next one is loaded
                 bar.set_postfix_str(f"pass {reads}, tensor {number}/{len(sizes)}", refresh=False)
-                bar.update(sizes[tensor.name].nbytes)
+                bar.update(sizes[name].nbytes)
 
         wide = plan.dtype == torch.float64 or any(size.wide for size in sizes.values())
         with explained(None, plan.base, plan.models):

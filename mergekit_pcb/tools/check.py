@@ -24,9 +24,7 @@ from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, 
 from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
 from mergekit_pcb.files import size
 from mergekit_pcb.host import advice, refined, whole_model
-from mergekit_pcb.host.groups import check_shapes
-from mergekit_pcb.host.inputs import Inputs, group_of
-from mergekit_pcb.host.method import PCBMerge
+from mergekit_pcb.host.inputs import Inputs, group_of, refuse_unmergeable
 from mergekit_pcb.host.plan import Plan, PlanOptions
 from mergekit_pcb.host.planning import named_models, plan_without_merging
 from mergekit_pcb.tools import check_base
@@ -138,7 +136,7 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
 
 
 def _outlook(report: Report, plan: Plan, document: dict[str, Any]) -> Outlook:
-    for topic, remark in advice.remarks(plan).items():
+    for topic, remark in advice.remarks(plan, document).items():
         report.warn(topic, remark)
     names = [task.output_weight.name for task in plan.tasks]
     for where, part in _all_filters(document):
@@ -170,9 +168,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         if missing := [str(model) for model in plan.models if model not in present]:
             partly.append(f"{name} ({missing[0]})")
         try:
-            if len(present) > 1 or not task.output_weight.optional:
-                PCBMerge().validate_inputs(list(present), task.base_model, group_name=name)
-            check_shapes(group)
+            refuse_unmergeable(task, group)
         except PCBError as error:
             report.error(name, error.format_message())
             continue

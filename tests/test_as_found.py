@@ -1,0 +1,209 @@
+"""Checkpoints and commands as they are found: old buffers, narrow dtypes, equal times of change."""
+
+import gc
+import json
+import os
+import weakref
+
+import pytest
+import torch
+import yaml
+from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from test_bad_input import refused
+from test_plan import run_in_process
+from test_vocabulary import NEW, WORDS, paths  # noqa: F401 - a fixture
+from test_whole_model import assert_equal_states, whole_reference
+
+from mergekit_pcb.host import advice, inputs, planning, whole_model
+from mergekit_pcb.tools.cli import main
+
+
+def old_neox(place, masked):
+    """A GPT-NeoX with what transformers stored of its masks once, and mergekit asks for."""
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = save_family(place, transformers.GPTNeoXForCausalLM(config), tasks=2)
+    for path in made:
+        state = tensors(path)
+        for layer in range(2):
+            attention = f"gpt_neox.layers.{layer}.attention."
+            state[attention + "bias"] = torch.ones(1, 1, 16, 16).tril().bool()
+            state[attention + "masked_bias"] = masked.clone()
+            state[attention + "rotary_emb.inv_freq"] = torch.linspace(1, 0.1, 4)
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("masked", [torch.tensor(-1e9), torch.tensor(-1e9).half()])
+def test_masks_of_old_models_are_no_obstacle(tmp_path, scope, dtype, masked):
+    """Booleans, which a dtype turns into numbers, and -1e9, which is infinite in float16."""
+    made = old_neox(tmp_path / "models", masked)
+    more = {} if dtype is None else {"dtype": dtype}
+    out, result = merge(tmp_path, configuration(made, parameters={"scope": scope}, **more))
+    assert "takes no part" not in result.stderr
+    base, *experts = map(tensors, made)
+    merged = tensors(out)
+    constants = {name: t for name, t in base.items() if name.endswith(("n.bias", ".masked_bias"))}
+    for name, tensor in constants.items():
+        assert torch.equal(merged.pop(name).double(), tensor.double()), name
+    assert len(constants) == 4
+    if scope == "model":
+        states = [{n: t for n, t in s.items() if n not in constants} for s in (base, *experts)]
+        assert_equal_states(merged, whole_reference(states), base)
+
+
+def test_a_vocabulary_that_differs_is_refused_before_measuring(tmp_path, family, monkeypatch):
+    other = save_family(tmp_path / "other", tiny_llama(vocabulary=70), tasks=0)[0]
+    config = configuration([*family[:2], other], parameters={"scope": "model"})
+    monkeypatch.delattr(whole_model, "measure")
+    sentence = refused(tmp_path, config)
+    assert f"(64, 32) in {family[0]} but (70, 32) in {other}" in sentence
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    command = ["measure", str(tmp_path / "c.yml"), "-o", str(tmp_path / "s.json")]
+    assert f"(64, 32) in {family[0]}" in CliRunner().invoke(main, command).output
+
+
+def test_measuring_holds_one_tensor_of_each_model(tmp_path, monkeypatch):
+    """Cast, so that a tensor takes memory of its own."""
+    from mergekit.io.tasks import LoadTensor
+
+    made = save_family(tmp_path / "models", tiny_llama(layers=2, dtype=torch.bfloat16))
+    loaded, most, execute = [], [], LoadTensor.execute
+
+    def counted(self):
+        found = execute(self)
+        if self.dtype is not None:  # not for its shape alone
+            gc.collect()
+            loaded.append(weakref.ref(found))
+            alive = [one() for one in loaded]
+            most.append(len({tuple(one.shape) for one in alive if one is not None}))
+            most.append(sum(one is not None for one in alive) / len(made))
+        return found
+
+    monkeypatch.setattr(LoadTensor, "execute", counted)
+    config = configuration(made, parameters={"scope": "model"}, dtype="float32")
+    run_in_process(config, tmp_path / "out")
+    assert len(loaded) >= 3 * len(made) * len(tensors(made[0])), "two passes, and the merge"
+    assert max(most) == 1
+
+
+def in_equal_times(models):
+    for path in models:
+        for file in path.iterdir():
+            os.utime(file, (1e9, 1e9))
+
+
+def test_equal_sizes_and_times_are_not_taken_for_equal_files(tmp_path):
+    made = save_family(tmp_path / "models", tiny_llama(layers=1), tasks=2)
+    in_equal_times(made)
+    parameters = {"scope": "model"}
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(configuration(made, parameters=parameters)))
+    run("mergekit-pcb", "measure", tmp_path / "c.yml", "-o", tmp_path / "s.json")
+    parameters["statistics"] = str(tmp_path / "s.json")
+    merge(tmp_path / "fits", configuration(made, parameters=parameters))
+    base, one, other = made
+    config = configuration([base, other, one], parameters=parameters)
+    assert "it lists the models in another order" in refused(tmp_path, config)
+    third = save_family(tmp_path / "more", tiny_llama(layers=1), tasks=3)[3]
+    in_equal_times([third])
+    config = configuration([base, one, third], parameters=parameters)
+    assert f"the files of {third} are not those measured" in refused(tmp_path, config)
+
+
+def test_a_model_that_changes_while_it_is_measured_has_no_document(tmp_path, family, monkeypatch):
+    measure = whole_model._measure
+
+    def changing(found):
+        os.utime(family[1] / "config.json")
+        (shard, *_) = sorted(family[1].glob("*.safetensors"))
+        os.utime(shard)
+        return measure(found)
+
+    monkeypatch.setattr(whole_model, "_measure", changing)
+    config = configuration(family, parameters={"scope": "model"})
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    command = ["measure", str(tmp_path / "c.yml"), "-o", str(tmp_path / "s.json")]
+    said = CliRunner().invoke(main, command).output
+    assert "was changed meanwhile; measure again" in said
+    assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_union_of_vocabularies_where_only_slices_name_a_base(tmp_path, paths, scope):  # noqa: F811
+    base, *experts = map(str, paths)
+    sources = [{"model": model, "layer_range": [0, 1]} for model in (base, *experts)]
+    config = {
+        "merge_method": "pcb",
+        "slices": [{"base_model": base, "sources": sources}],
+        "parameters": {"scope": scope},
+        "tokenizer": {"source": "union"},
+    }
+    out, _ = merge(tmp_path / "m", config)
+    added = json.loads((out / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    assert [ids[word] for word in sorted(NEW)] == list(range(len(WORDS), len(WORDS) + len(NEW)))
+
+
+def test_layer_gradients_of_single_files_are_said_to_be_none(tmp_path, family):
+    files = [tmp_path / f"{path.name}.safetensors" for path in family[:2]]
+    for path, file in zip(family, files, strict=False):
+        save_file(tensors(path), file)
+    config = configuration(files, parameters={"weight": [0.2, 1.5], "density": 0.2})
+    _, result = merge(tmp_path, config, command="mergekit-pytorch")
+    said = "weight: of a layer gradient mergekit-pytorch takes the first value for every tensor"
+    assert said in " ".join(result.stderr.split())
+    checked = CliRunner().invoke(main, ["check", str(tmp_path / "config.yml")]).output
+    assert said in " ".join(checked.split())
+    config = configuration(family[:2], parameters={"weight": [0.2, 1.5]})
+    _, result = merge(tmp_path / "yaml", config)
+    assert "layer gradient" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["fp16", "float"])
+def test_an_unknown_out_dtype_is_refused_before_anything_is_read(tmp_path, family, name):
+    config = configuration(family, parameters={"scope": "model"}, out_dtype=name)
+    assert f"cannot use out_dtype: {name}, because" in refused(tmp_path, config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_dtype_too_narrow_for_a_value_is_refused(tmp_path, family):
+    parameters = {"lambda": 1e8}
+    config = configuration(family, parameters=parameters, dtype="float32", out_dtype="float16")
+    sentence = refused(tmp_path, config)
+    assert "its values do not fit into torch.float16" in sentence
+    assert "choose a wider `out_dtype`" in sentence
+    config = configuration(family, parameters=parameters, dtype="float32", out_dtype="bfloat16")
+    merge(tmp_path / "wide", config)
+
+
+def test_shapes_are_looked_up_where_files_are_mapped(family):
+    """Not on the GPU that tensors are to be read to."""
+    from mergekit.options import MergeOptions
+
+    config = yaml.safe_dump(configuration(family, dtype="float32"))
+    plan = planning.plan_without_merging(config, MergeOptions())
+    for task in plan.tasks:
+        load = task.gather_tensors.model_copy(update={"device": "cuda"})
+        for one in inputs._without_cast(load).arguments().values():
+            assert one.device is None
+            assert one.dtype is None
+
+
+def test_what_mergekit_ignores_is_said_once_in_a_process(tmp_path, family, caplog):
+    """mergekit-evolve writes such parameters into every candidate."""
+    advice._said.clear()
+    for number in range(2):
+        config = configuration(family[:2], parameters={"normalize": False, "int8_mask": True})
+        run_in_process(config, tmp_path / f"out{number}")
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("unknown parameter normalize" in text for text in said) == 1
