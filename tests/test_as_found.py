@@ -1,6 +1,5 @@
 """Checkpoints and commands as they are found: old buffers, narrow dtypes, equal times of change."""
 
-import gc
 import json
 import os
 import weakref
@@ -16,7 +15,11 @@ from test_plan import run_in_process
 from test_vocabulary import NEW, WORDS, paths  # noqa: F401 - a fixture
 from test_whole_model import assert_equal_states, whole_reference
 
+from mergekit_pcb.core import fused, ranks
+from mergekit_pcb.core.measure import Recipe, measure
+from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.host import advice, inputs, planning, whole_model
+from mergekit_pcb.tools import check
 from mergekit_pcb.tools.cli import main
 
 
@@ -83,7 +86,6 @@ def test_measuring_holds_one_tensor_of_each_model(tmp_path, monkeypatch):
     def counted(self):
         found = execute(self)
         if self.dtype is not None:  # not for its shape alone
-            gc.collect()
             loaded.append(weakref.ref(found))
             alive = [one() for one in loaded]
             most.append(len({tuple(one.shape) for one in alive if one is not None}))
@@ -207,3 +209,41 @@ def test_what_mergekit_ignores_is_said_once_in_a_process(tmp_path, family, caplo
         run_in_process(config, tmp_path / f"out{number}")
     said = [record.getMessage() for record in caplog.records]
     assert sum("unknown parameter normalize" in text for text in said) == 1
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize(("host", "most"), [("cpu", check.READS), ("none", check.READS_THERE)])
+def test_measuring_reads_as_often_as_check_says(monkeypatch, host, most, clip):
+    """Where values are counted as on accelerators, and where they are not."""
+    monkeypatch.setattr(ranks, "HOST", host)
+    monkeypatch.setenv(fused.SWITCH, "0")
+    torch.manual_seed(0)
+    base = torch.randn(12, 1 << 15)
+    spread = 1e-2 * torch.arange(1, 13).view(-1, 1)
+    models = [base + spread * torch.randn(base.shape) for _ in range(2)]
+    passes = []
+
+    def start():
+        passes.append(1)
+        for name, row in enumerate(base):
+            yield Aligned.of(f"w{name}", row, [model[name] for model in models])
+
+    measure(start, base.numel(), Recipe.of([0.1, 0.3], clip, [1.0, 1.0], 0, range(2)), base.dtype)
+    assert len(passes) <= most
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("refine", ["none", "solve"])
+def test_a_gpu_that_is_not_there_is_told_and_a_merge_on_one_can_be_checked(
+    tmp_path, family, refine
+):
+    config = configuration(family, parameters={"refine": refine})
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    result = run("mergekit-yaml", tmp_path / "c.yml", tmp_path / "out", "--cuda", check=False)
+    assert result.returncode == 1
+    assert "Error: cannot merge on cuda, because torch" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    checked = CliRunner().invoke(main, ["check", str(tmp_path / "c.yml"), "--cuda"])
+    assert checked.exit_code == 0, checked.output
+    assert "no mistakes found" in checked.output

@@ -69,7 +69,9 @@ def test_in_words(tmp_path, family):
     assert first == "no mistakes found"
     assert "3 tasks, scope: model" in second
     assert kept == "each task keeps 10 % of its elements"
-    assert "of checkpoints 3 times, twice of it to measure; writes " in third
+    assert "of checkpoints 3 times, 2 of them to measure; writes " in third
+    there = CliRunner().invoke(cli.main, ["check", str(file), "--device", "cuda"]).output
+    assert "of checkpoints up to 5 times, 4 of them to measure; writes " in there
     assert re.fullmatch(
         r"the largest tensor, model\.layers\.\d\.mlp.*, takes \d+kB to merge", fourth
     )

@@ -34,6 +34,8 @@ class PlanOptions(MergeOptions):
     observe: Callable[[Prepared], None] | None = None
     #: Whether to log advice; a tool that prints it itself says no.
     advise: bool = True
+    #: Whether anything is merged or measured, so that its device has to be there.
+    runs: bool = True
 
     @classmethod
     def of(cls, options: MergeOptions, **more: Any) -> PlanOptions:
@@ -87,6 +89,13 @@ class Plan:
         if self.options.multi_gpu:
             return torch.device(get_torch_accelerator_type(), 0)
         return torch.device(self.options.device)
+
+    @property
+    def device_is_there(self) -> bool:
+        """Whether torch sees the device here; a merge may be looked at where it is not."""
+        if self.device.type != "cuda":
+            return True
+        return (self.device.index or 0) < torch.cuda.device_count()
 
     @property
     def dtype(self) -> torch.dtype | None:

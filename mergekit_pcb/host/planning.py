@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
 from mergekit import merge_methods
 from mergekit.graph import Executor, Task
@@ -120,6 +121,12 @@ def _planned(tasks: Any, options: MergeOptions, configuration: BaseModel) -> lis
     if not tasks:
         return []
     plan = Plan(tasks, options, getattr(configuration, "out_dtype", None))
+    if getattr(options, "runs", True) and not plan.device_is_there:
+        raise PCBError(
+            f"merge on {plan.device}",
+            f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here",
+            "name a device that is there, or leave --cuda out",
+        )
     refined.refuse_too_large(plan)
     advice.give(plan, configuration)
     return nodes_of(plan)

@@ -89,9 +89,12 @@ def remarks(plan: Plan) -> dict[str, str]:
 
 def refuse_too_large(plan: Plan) -> None:
     """Refuse matrices that the merge's device has not the memory to refine."""
+    refined = refinements(plan)
+    if not refined or not plan.device_is_there:
+        return
     total = _memory_of(plan.device)
     itemsize = 8 if plan.dtype == torch.float64 else 4
-    for name, refinement in refinements(plan).items():
+    for name, refinement in refined.items():
         need = working_bytes(refinement, itemsize)
         if need > total:
             layout = refinement.layout

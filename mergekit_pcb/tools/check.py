@@ -37,6 +37,9 @@ from mergekit_pcb.tools.check_text import (
     filters,
 )
 
+#: How often measuring reads the checkpoints, and how often at most where it runs on a GPU.
+READS, READS_THERE = 2, 4
+
 
 class Kept(BaseModel):
     """Fractions of a task vector's elements, the least and the most of any tensor."""
@@ -56,7 +59,7 @@ class Outlook(BaseModel):
     elements: int
     #: Of all checkpoints together, once.
     input_bytes: int
-    #: How often each checkpoint is read: by measuring (``scope: model``) and by the merge.
+    #: How often each checkpoint is read, at most: by measuring (``scope: model``) and by the merge.
     reads: int
     output_bytes: int
     #: Inputs, result and working memory of the tensor that needs most, and its name.
@@ -125,7 +128,7 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
     if report.errors > 0:
         return
     try:
-        plan = plan_without_merging(text, PlanOptions.of(options, advise=False))
+        plan = plan_without_merging(text, PlanOptions.of(options, advise=False, runs=False))
         report.outlook = _outlook(report, plan, document)
     except click.ClickException as error:
         report.error("plan", error.format_message())
@@ -150,7 +153,8 @@ def _outlook(report: Report, plan: Plan, document: dict[str, Any]) -> Outlook:
             report.error("statistics", error.format_message())
     for remark in check_base.remarks(inputs, [str(model) for model in (plan.base, *plan.models)]):
         report.warn("base_model", remark)
-    reads = 3 if plan.scope == MODEL and not path else 1
+    measuring = READS if plan.device.type == "cpu" else READS_THERE
+    reads = 1 + (measuring if plan.scope == MODEL and not path else 0)
     return _sizes(report, inputs, document, reads)
 
 
@@ -207,6 +211,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
     if partly:
         more = f" and {len(partly) - 1} more" if len(partly) > 1 else ""
         report.warn("tensors", f"not every model has {partly[0]}{more}")
+    device = plan.device if plan.device_is_there else torch.device("cpu")
     return Outlook(
         scope=plan.scope,
         tasks=len(plan.models),
@@ -220,7 +225,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         largest=largest,
         refined=len(refinements),
         refined_flops=operations,
-        refined_seconds=operations / _flops_per_second(plan.device) if operations else 0.0,
+        refined_seconds=operations / _flops_per_second(device) if operations else 0.0,
     )
 
 
@@ -263,13 +268,15 @@ def sentences(report: Report) -> Sequence[str]:
         lines.append("no mistakes found")
     outlook = report.outlook
     if outlook is not None:
-        reads = {1: "once"}.get(outlook.reads, f"{outlook.reads} times")
-        measuring = ", twice of it to measure" if outlook.reads > 1 else ""
+        measuring = outlook.reads - 1
+        reads = f"{outlook.reads} times, {measuring} of them to measure" if measuring else "once"
+        if measuring > READS:
+            reads = f"up to {reads}"
         lines += [
             f"{outlook.tensors} tensors of {outlook.elements:,} elements, "
             f"{outlook.tasks} tasks, scope: {outlook.scope}",
             *_kept_sentences(outlook.kept),
-            f"reads {size(outlook.input_bytes)} of checkpoints {reads}{measuring}; "
+            f"reads {size(outlook.input_bytes)} of checkpoints {reads}; "
             f"writes {size(outlook.output_bytes)}",
             f"the largest tensor, {outlook.largest}, takes {size(outlook.peak_bytes)} to merge",
         ]
