@@ -18,7 +18,7 @@ from mergekit.merge_methods.dtype import align_dtype
 from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.core.vectors import working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.groups import explained, explained_for
+from mergekit_pcb.host.groups import explained, explained_for, refuse_beyond
 from mergekit_pcb.host.kinds import kinds_of
 from mergekit_pcb.host.method import PCBMerge, in_memory, prepare
 
@@ -31,11 +31,13 @@ Weights = Sequence[float] | torch.Tensor | Mapping[str, torch.Tensor]
 class Contributions(Sequence[StateDict]):
     """What the ``weight`` of each expert multiplies, and what is done to the weighted sum.
 
-    ``spectra`` are by name, for tensors whose singular values are evened after summing.
+    ``spectra`` are by name, for tensors whose singular values are evened after summing. ``tied``
+    maps the further names of a tensor to its first one, such as a head's to the embedding's.
     """
 
     experts: Sequence[StateDict]
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -60,13 +62,16 @@ def contributions(
 ) -> Contributions:
     """What the ``weight`` of each expert multiplies, in every floating-point tensor.
 
-    ``base`` and ``experts`` are modules or state dicts with the same tensors; parameters are
+    ``base`` and ``experts`` are modules or state dicts with the same tensors; one that has several
+    names in all of them is merged once. What is no floating point has to be equal in all, single
+    numbers such as counters left aside. Parameters are
     those of ``merge_method: pcb``, with one ``density`` and ``dare_density`` for all or one for
     each expert. The modules of ``architecture`` (of ``base``, where it is one) say which tensors
     are matrices to refine; without one, all of two dimensions are taken for ``[out, in]``, which
     is logged. Returns a state dict per expert, float32 (float64 for float64 inputs), of the
     tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
+    experts = list(experts)
     if not experts:
         raise PCBError("merge with pcb", "there is no expert", "give at least one")
     for name, value in (("density", density), ("dare_density", dare_density)):
@@ -77,7 +82,13 @@ def contributions(
                 "give one for each",
             )
     states = [_state_dict(model) for model in (base, *experts)]
-    names = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
+    _refuse_other_tensors(states)
+    tied = _tied(states)
+    names = [
+        name
+        for name, tensor in states[0].items()
+        if tensor.is_floating_point() and name not in tied
+    ]
     groups = [_group(name, states) for name in names]
     given = {
         "density": density,
@@ -106,7 +117,10 @@ def contributions(
             state[name] = part.to(working_dtype(tensor.dtype)).view(tensor.shape)
         if step is not None:
             spectra[name] = step
-    return Contributions(found, spectra)
+    for name, first in tied.items():
+        for state in found:
+            state[name] = state[first]
+    return Contributions(found, spectra, tied)
 
 
 def combine(
@@ -120,7 +134,8 @@ def combine(
     The sum's spectrum is evened where the contributions say so. ``weights`` holds one number
     per contribution, or maps names of tensors to so many numbers. Where it (or ``scale``)
     requires gradients, so does the result. Tensors without contributions, such as integer
-    buffers, are the base's own.
+    buffers, are the base's own; tied ones are one tensor. Raises
+    :class:`~mergekit_pcb.errors.PCBError`.
     """
     if not isinstance(contributions, Contributions):
         raise PCBError(
@@ -128,10 +143,25 @@ def combine(
             "it does not say whether a step follows on the sum",
             "give what contributions() returned, or Contributions(…) of your own state dicts",
         )
-    merged = dict(_state_dict(base))
-    names = contributions[0] if len(contributions) else ()
+    merged = dict(base.state_dict() if isinstance(base, torch.nn.Module) else base)
+    names = contributions[0] if len(contributions) else {}
+    _refuse_other_base(merged, names)
+    if isinstance(weights, Mapping) and (missing := names.keys() - weights.keys()):
+        raise PCBError(
+            f"combine the contributions to {min(missing)}",
+            "there are no weights of that name",
+            "give weights for every tensor, or one sequence for all",
+        )
     for name in names:
+        if name in contributions.tied:
+            continue
         row = weights[name] if isinstance(weights, Mapping) else weights
+        if not hasattr(row, "__len__") or (isinstance(row, torch.Tensor) and not row.ndim):
+            raise PCBError(
+                f"combine {len(contributions)} contributions",
+                f"{row!r} is one weight, and each contribution has one",
+                "give a sequence of weights",
+            )
         if len(row) != len(contributions):
             raise PCBError(
                 f"combine {len(contributions)} contributions with {len(row)} weights",
@@ -147,21 +177,89 @@ def combine(
             with explained(None, "the base", []):
                 delta = apply(step, delta.reshape(-1), name).view(delta.shape)
         start = merged[name]
-        merged[name] = (start.detach().to(delta.dtype) + scale * delta).to(start.dtype)
+        summed = start.detach().to(delta.dtype) + scale * delta
+        refuse_beyond(start.dtype, summed.detach(), name)
+        merged[name] = summed.to(start.dtype)
+    for name, first in contributions.tied.items():
+        merged[name] = merged[first]
     return merged
 
 
 def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
-    return model.state_dict() if isinstance(model, torch.nn.Module) else model
+    """The tensors of a model; extra state that is no tensor is left out."""
+    state = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif not name.endswith("_extra_state"):
+            raise PCBError(
+                "merge these models",
+                f"{name} is a {type(value).__name__} and no tensor",
+                "give modules or state dicts, whose values are tensors",
+            )
+    return found
+
+
+def _refuse_other_tensors(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Raise :class:`PCBError` where experts have other tensors than the base, or others' kinds."""
+    base, *experts = states
+    for number, state in enumerate(experts):
+        for name, lacks in (
+            *((name, f"expert {number}") for name in base.keys() - state.keys()),
+            *((name, "the base") for name in state.keys() - base.keys()),
+        ):
+            raise PCBError(f"merge tensor {name}", f"{lacks} lacks it", "give models of one kind")
+        for name, tensor in base.items():
+            other, where = state[name], f"merge tensor {name}"
+            if tensor.is_meta or other.is_meta:
+                remedy = "load the weights (offloaded ones, too) before merging"
+                raise PCBError(where, "it is on the device meta, without values", remedy)
+            if tensor.device != other.device:
+                apart = f"the base has it on {tensor.device} and expert {number} on {other.device}"
+                raise PCBError(where, apart, "move all models to one device")
+            if tensor.is_floating_point() and other.is_floating_point():
+                continue
+            counter = tensor.numel() == 1 and not tensor.is_floating_point()
+            if not counter and (tensor.dtype != other.dtype or not torch.equal(tensor, other)):
+                raise PCBError(
+                    where,
+                    f"it is {tensor.dtype} in the base, {other.dtype} in expert {number} and not "
+                    "the same, and task vectors need floating point",
+                    "give models that are not quantised",
+                )
+
+
+def _tied(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, str]:
+    """Further names of tensors that are one and the same in every model, with the first name."""
+    first: dict[Any, str] = {}
+    found = {}
+    for name in states[0]:
+        tensors = [state[name] for state in states]
+        if all(tensor.numel() and tensor.layout == torch.strided for tensor in tensors):
+            places = tuple(
+                (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                for tensor in tensors
+            )
+            if (known := first.setdefault(places, name)) != name:
+                found[name] = known
+    return found
+
+
+def _refuse_other_base(base: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`PCBError` unless contributions are to this base's tensors."""
+    for name, part in names.items():
+        if name not in base or base[name].shape != part.shape:
+            had = tuple(base[name].shape) if name in base else "none"
+            raise PCBError(
+                f"add the contributions to {name}",
+                f"they have the shape {tuple(part.shape)}, and the base's is {had}",
+                "give the base that they were computed for",
+            )
 
 
 def _group(name: str, states: Sequence[Mapping[str, torch.Tensor]]) -> TensorGroup:
     """The tensors of one name, in the dtype that holds the values of all of them."""
-    for number, state in enumerate(states[1:]):
-        if name not in state:
-            raise PCBError(
-                f"merge tensor {name}", f"expert {number} lacks it", "give models of one kind"
-            )
     ids = ["the base", *(f"expert {number}" for number in range(len(states) - 1))]
     tensors = [state[name] for state in states]
     group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0, name=name)

@@ -115,3 +115,119 @@ def test_mistakes_end_in_sentences(models):
 
     with pytest.raises(PCBError, match="returned NoneType without logits"):
         adamerge(Silent(*base), base, experts, [batch])
+    with pytest.raises(PCBError, match="there are no batches"):
+        adamerge(base, base, experts, iter(()))
+    part = {name: tensor for name, tensor in base.state_dict().items() if name != "0.weight"}
+    lacking = [{name: t for name, t in expert.items() if name != "0.weight"} for expert in experts]
+    with pytest.raises(PCBError, match=r"adapt 0\.weight, because base and experts lack it"):
+        adamerge(base, part, lacking, [batch])
+    with pytest.raises(PCBError, match=r"adapt 1\.weight, because the model lacks it"):
+        adamerge(base[:1], base, experts, [batch])
+
+
+def test_a_start_may_be_a_whole_number_and_classes_masked_out(models):
+    base, experts = models
+    mask = torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf])
+    masked = torch.nn.Sequential(*base, Masked(mask)).eval()
+    batches = list(torch.randn(4, 16, 6))
+    found = adamerge(masked, base, experts, batches, epochs=5, start=1, density=0.6)
+    assert all(0 < entropy <= torch.tensor(4.0).log() for entropy in found.entropies)
+    assert torch.isfinite(found.coefficients).all()
+    assert not torch.equal(found.coefficients, torch.ones(3))
+
+
+class Masked(torch.nn.Module):
+    """Adds what is no parameter."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask  # no buffer
+
+    def forward(self, x):
+        return x + self.mask
+
+
+def test_a_model_that_counts_its_batches_leaves_the_base_alone(models):
+    base, experts = models
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+    found = adamerge(model.train(), base, experts, list(torch.randn(3, 16, 6)), density=0.6)
+    for counted in (base.state_dict(), model.state_dict(), found.state_dict):
+        assert counted["1.num_batches_tracked"] == 0
+
+
+class Tied(torch.nn.Module):
+    """Rows of an embedding that are a head's as well."""
+
+    def __init__(self, seed, tied=True):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = torch.nn.Embedding(20, 8)
+        self.inner = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 20, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.inner(self.embedding(tokens)))
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_tied_weights_are_one_tensor(granularity):
+    base, *experts = map(Tied, range(3))
+    chosen = {"scope": "model", "density": 0.1, "dare_density": 0.5, "seed": 3}
+    parts = contributions(base, experts, **chosen)
+    assert dict(parts.tied) == {"head.weight": "embedding.weight"}
+    # As if the head were not there.
+    names = ["embedding.weight", "inner.weight", "inner.bias"]
+    once = [{name: model.state_dict()[name] for name in names} for model in (base, *experts)]
+    alone = contributions(once[0], once[1:], **chosen)
+    for part, own in zip(parts, alone, strict=True):
+        assert all(torch.equal(part[name], own[name]) for name in names)
+        assert part["head.weight"] is part["embedding.weight"]
+    merged = combine(base, parts, [1.0, 0.5])
+    assert merged["head.weight"] is merged["embedding.weight"]
+    batches = list(torch.randint(20, (3, 4, 6)))
+    found = adamerge(base, base, experts, batches, granularity, epochs=4, **chosen)
+    assert torch.equal(found.state_dict["head.weight"], found.state_dict["embedding.weight"])
+    assert len(set(found.entropies)) > 1
+    # A checkpoint without the head's name gives the same.
+    again = adamerge(base, once[0], once[1:], batches, granularity, epochs=4, **chosen)
+    assert again.entropies == found.entropies
+    # Equal values in two places are two tensors.
+    apart = [Tied(seed, tied=False) for seed in range(3)]
+    assert not contributions(apart[0], apart[1:]).tied
+
+
+def test_what_cannot_be_merged_is_told(models):
+    base, experts = models
+    state = {"w": torch.randn(4, 4), "q": torch.zeros(4, 4, dtype=torch.int8)}
+    state["count"] = torch.tensor(0)
+    expert = {name: tensor + 1 for name, tensor in state.items()}
+
+    def changed(**more):
+        return [{**expert, "q": state["q"], **more}]
+
+    contributions(state, changed())  # a counter may differ
+    generator = (one for one in changed())
+    assert len(contributions(state, generator)) == 1
+    for wrong, said in (
+        ([expert], r"merge tensor q, because it is torch\.int8 .* and not the same, and task"),
+        (changed(w=state["q"]), r"merge tensor w, because it is torch\.float32 in the base, torch"),
+        (changed(more=state["w"]), "merge tensor more, because the base lacks it"),
+        (changed(w=state["w"].to("meta")), "merge tensor w, because it is on the device meta"),
+        ([{"state_dict": state}], "state_dict is a dict and no tensor"),
+    ):
+        with pytest.raises(PCBError, match=said):
+            contributions(state, wrong)
+    parts = contributions(state, changed())
+    with pytest.raises(PCBError, match=r"1\.0 is one weight, and each contribution has one"):
+        combine(state, parts, 1.0)
+    with pytest.raises(PCBError, match="to w, because there are no weights of that name"):
+        combine(state, parts, {"v": [1.0]})
+    for other in ({"v": state["w"]}, {"w": torch.zeros(2, 4)}):
+        with pytest.raises(PCBError, match=r"to w, because they have the shape \(4, 4\), and"):
+            combine(other, parts, [1.0])
+    half = {name: tensor.half() for name, tensor in state.items() if name == "w"}
+    with pytest.raises(PCBError, match=r"its values do not fit into torch\.float16"):
+        combine(half, parts, [1e9])
+    assert contributions(base, experts)

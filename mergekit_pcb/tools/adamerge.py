@@ -66,7 +66,14 @@ def adamerge(
             "coefficients belong to tasks or to their tensors",
             "write task or layer",
         )
+    kept = list(batches)
+    if not kept:
+        raise PCBError(
+            "adapt the coefficients", "there are no batches", "give unlabelled inputs (a list)"
+        )
     parts = contributions(base, experts, **parameters)
+    _refuse_other_names(model, base.state_dict() if isinstance(base, torch.nn.Module) else base)
+    start = float(start)
     device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
     coefficients: torch.Tensor | dict[str, torch.Tensor]
     if granularity == "task":
@@ -76,17 +83,18 @@ def adamerge(
         coefficients = {
             name: torch.full((len(parts),), start, device=device, requires_grad=True)
             for name in parts[0]
+            if name not in parts.tied
         }
         trained = list(coefficients.values())
+        coefficients |= {name: coefficients[first] for name, first in parts.tied.items()}
     optimiser = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
     entropies: list[float] = []
-    learnable = {name for name, _ in model.named_parameters()}
-    kept = list(batches)
+    learnable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     steps = [batch for _ in range(epochs) for batch in kept]
     for batch in tqdm(steps, desc="AdaMerging", disable=True if quiet else None):
         merged = {
-            # torch has no gradients towards running averages
-            name: tensor if name in learnable else tensor.detach()
+            # torch has no gradients towards running averages, and a model may count its batches.
+            name: tensor if name in learnable else tensor.detach().clone()
             for name, tensor in combine(base, parts, coefficients, scale).items()
         }
         loss = _entropy(_logits(torch.func.functional_call(model, merged, *_call(batch))))
@@ -110,6 +118,25 @@ def adamerge(
     return Adapted(found, merged, entropies)
 
 
+def _refuse_other_names(model: torch.nn.Module, merged: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`PCBError` unless every tensor of the model is given a merged one."""
+    own = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    # A head that is tied to an embedding needs no name of its own.
+    given = {tensor.data_ptr() for name, tensor in own.items() if name in merged}
+    missing = [n for n, t in own.items() if n not in merged and t.data_ptr() not in given]
+    for name, lacks in (
+        *((name, "base and experts lack it") for name in missing),
+        *((name, "the model lacks it") for name in merged if name not in own),
+    ):
+        if name.endswith("_extra_state"):
+            continue
+        raise PCBError(
+            f"adapt {name}",
+            lacks,
+            "give base and experts of the model's own kind (wrapped alike, if it is wrapped)",
+        )
+
+
 def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
@@ -122,7 +149,7 @@ def _logits(output: Any) -> torch.Tensor:
         raise PCBError(
             "adapt the coefficients",
             f"the model returned {type(output).__name__} without logits",
-            "wrap it so that it returns logits",
+            "wrap it, and base and experts alike, so that it returns logits",
         )
     return logits
 
@@ -130,4 +157,5 @@ def _logits(output: Any) -> torch.Tensor:
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     """Mean entropy of the predicted distributions, in nats."""
     log = logits.float().log_softmax(-1)
-    return -(log.exp() * log).sum(-1).mean()
+    # A class that is masked out by -inf adds nothing: 0 · log 0 is 0 in the limit.
+    return -(log.exp() * log.masked_fill(log == -torch.inf, 0)).sum(-1).mean()
