@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-#: What mergekit, pydantic and the Hub's client raise for a configuration they cannot use.
+#: What mergekit and pydantic raise for a configuration they cannot use.
 HOST_ERRORS = (OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -16,6 +16,16 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """What an error says, fit for the middle of a sentence."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def is_hosts(error: Exception) -> bool:
+    """Whether this is what mergekit, or what it calls, raises for what it cannot use.
+
+    Exceptions that others define count, too: the Hub's client and validators have bases of their
+    own.
+    """
+    ours = ("builtins", str(__package__))
+    return isinstance(error, HOST_ERRORS) or type(error).__module__.split(".")[0] not in ours
 
 
 class PCBError(click.ClickException, ValueError):

@@ -6,7 +6,8 @@ import shutil
 
 import forked
 import pytest
-from checkpoints import tensors
+import yaml
+from checkpoints import configuration, tensors
 from click.testing import CliRunner
 from conftest import pieces  # noqa: F401 - puts tests/ on the path before torch starts threads
 from reference import pcb as reference
@@ -139,6 +140,15 @@ def test_a_merge_that_fails_is_told_and_nothing_is_left(tmp_path, untrained, mon
     assert result.exit_code == 1
     assert "cannot merge ties.yml" in result.output
     assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_where_start_up_files_are_switched_off_the_demo_merges_by_its_own_command(
+    tmp_path, family, monkeypatch
+):
+    monkeypatch.setenv("MERGEKIT_PCB_AUTOLOAD", "0")
+    (tmp_path / "pcb.yml").write_text(yaml.safe_dump(configuration(family)))
+    demo._merge(tmp_path, "pcb")
+    assert tensors(tmp_path / "merged-pcb")
 
 
 def test_no_room_and_no_permission_are_told_before_the_first_step(tmp_path, monkeypatch):

@@ -144,7 +144,11 @@ def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
             "look into this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
         )
     with damage.named(named_models(document)):
-        targets = _targets(document, options)
+        try:
+            targets = _targets(document, options)
+        except KeyError as error:  # of a module, say, that the architecture has not
+            what = f"mergekit finds no {error} in what it knows of these models"
+            raise PCBError("plan this merge", what, "correct that name") from None
     nodes = [target.tensor_task for target in targets if isinstance(target, SaveTensor)]
     if not nodes:
         raise PCBError(

@@ -21,17 +21,19 @@ from pydantic import BaseModel
 
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, working_dtype
-from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
+from mergekit_pcb.errors import PCBError, is_hosts, one_line
 from mergekit_pcb.files import size
 from mergekit_pcb.host import advice, refined, whole_model
 from mergekit_pcb.host.inputs import Inputs, group_of, refuse_unmergeable
 from mergekit_pcb.host.plan import Plan, PlanOptions
-from mergekit_pcb.host.planning import named_models, plan_without_merging
+from mergekit_pcb.host.planning import plan_without_merging
 from mergekit_pcb.tools import check_base
 from mergekit_pcb.tools.check_text import (
     Findings,
     UniqueKeys,
     check_document,
+    check_names,
+    check_paths,
     dtype_of,
     entries,
     filters,
@@ -101,7 +103,9 @@ def check(text: str, options: Any) -> Report:
     for number, document in enumerate(documents):
         name = document.get("name") if isinstance(document, dict) else None
         prefix = f"stage {name or number + 1}: " if several else ""
-        check_document(report, document, prefix, {"name"} if several else set())
+        check_document(report, document, prefix, several=several)
+    if several:
+        check_names(report, documents)
     if several and not report.errors:
         _check_stages(report, text, options)
     elif not report.errors:
@@ -114,17 +118,15 @@ def _check_stages(report: Report, text: str, options: Any) -> None:
     try:
         stages, dependencies = multimerge.load_config(text, "")
         multimerge.make_tasks(stages, dependencies, options, "", "merged", lazy=True)
-    except HOST_ERRORS as error:
+    except Exception as error:
+        if not is_hosts(error):
+            raise
         report.error("stages", f"mergekit-multi cannot run them: {one_line(error)}")
 
 
 def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> None:
     """Plan the merge and look at the shapes and dtypes of its inputs."""
-    places = [("base_model", {"base_model": document.get("base_model")})]
-    for where, entry in [*places, *((where, entry) for where, entry, _ in entries(document))]:
-        for path in named_models({k: v for k, v in entry.items() if k in ("model", "base_model")}):
-            if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
-                report.error(where.split(" (")[0], f"there is no {path}")
+    check_paths(report, document)
     if report.errors > 0:
         return
     try:
@@ -132,7 +134,9 @@ def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> 
         report.outlook = _outlook(report, plan, document)
     except click.ClickException as error:
         report.error("plan", error.format_message())
-    except HOST_ERRORS as error:
+    except Exception as error:
+        if not is_hosts(error):
+            raise
         report.error("plan", f"mergekit cannot plan it: {one_line(error)}")
     if report.errors:
         report.outlook = None
@@ -185,7 +189,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         tensor = group.entries[0].tensor
         cast = plan.dtype or promoted(present.values())
         for model, own in present.items():
-            if plan.dtype is not None and own.dtype.itemsize > plan.dtype.itemsize:
+            if plan.dtype is not None and _precision(own.dtype) < _precision(plan.dtype):
                 rounded.setdefault(str(model), str(own.dtype).removeprefix("torch."))
         read += sum(own.nbytes for own in present.values())
         elements += tensor.numel()
@@ -202,15 +206,22 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
     if rounded:
         model, dtype = next(iter(rounded.items()))
         others = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
-        asked = document["dtype"]
+        asked, wide = document["dtype"], "float32"
+        if "float64" in rounded.values():
+            wide = "float64"
         report.warn(
             "dtype",
             f"{asked} rounds the {dtype} values of {model}{others} before they are subtracted, and "
-            f"task vectors are small differences; set dtype: float32 and out_dtype: {asked}",
+            f"task vectors are small differences; set dtype: {wide} and out_dtype: {asked}",
         )
     if partly:
         more = f" and {len(partly) - 1} more" if len(partly) > 1 else ""
-        report.warn("tensors", f"not every model has {partly[0]}{more}")
+        refused = (
+            "; mergekit-pytorch refuses that without --tensor-union or --tensor-intersection"
+            if plan.is_raw
+            else ""
+        )
+        report.warn("tensors", f"not every model has {partly[0]}{more}{refused}")
     device = plan.device if plan.device_is_there else torch.device("cpu")
     return Outlook(
         scope=plan.scope,
@@ -239,6 +250,11 @@ def _kept(plan: Plan) -> dict[str, Kept]:
         model: Kept(**{name: (min(each), max(each)) for name, each in own.items()})
         for model, own in found.items()
     }
+
+
+def _precision(dtype: torch.dtype) -> float:
+    """The distance of neighbouring numbers at 1; none for integers, which are not rounded."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point else math.inf
 
 
 def _flops_per_second(device: torch.device) -> float:

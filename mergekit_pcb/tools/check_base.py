@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +29,13 @@ FAR = 0.7
 
 def remarks(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
     """What the task vectors say of the base; ``names`` are the models', the base's first."""
-    sums = _products(_sample(inputs))
+    chosen = _chosen(inputs)
+    if not chosen and any(size.dimensions >= 2 for size in inputs.sizes.values()):
+        yield (
+            f"whether {names[0]} is the base was not looked at: no matrix of all models together "
+            f"is as small as {BUDGET >> 20} MiB"
+        )
+    sums = _products(_sample(inputs, chosen))
     if sums is None:
         return
     base, *norms = [math.sqrt(float(sums[i, i])) for i in range(len(sums))]
@@ -59,19 +66,28 @@ def remarks(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
             )
 
 
-def _sample(inputs: Inputs) -> Iterator[Aligned]:
-    """Matrices that all models have alike, spread over the model, within the budget."""
-    plan = inputs.plan
-    fitting = [
-        task
-        for task in plan.tasks
+def _chosen(inputs: Inputs) -> list[Any]:
+    """Tasks of matrices that all models have alike, spread over the model, within the budget.
+
+    Where none is as small as its share, as many as fit of the smallest kind.
+    """
+    matrices = [
+        (task, size.nbytes)
+        for task in inputs.plan.tasks
         if (size := inputs.sizes.get(task.output_weight.name)) is not None
         and task.output_weight.vocabulary_axis is None
-        and 0 < size.nbytes <= BUDGET // TENSORS
+        and 0 < size.nbytes <= BUDGET
         and size.dimensions >= 2
     ]
-    step = max(1, len(fitting) // TENSORS)
-    chosen = fitting[step // 2 :: step][:TENSORS]
+    most = max(BUDGET // TENSORS, min((nbytes for _, nbytes in matrices), default=0))
+    fitting = [task for task, nbytes in matrices if nbytes <= most]
+    count = min(TENSORS, BUDGET // max(1, most))
+    step = max(1, len(fitting) // max(1, count))
+    return fitting[step // 2 :: step][:count]
+
+
+def _sample(inputs: Inputs, chosen: Sequence[Any]) -> Iterator[Aligned]:
+    plan = inputs.plan
     if chosen:
         yield from Inputs(Plan(chosen, plan.options)).tensors(torch.device("cpu"))
 

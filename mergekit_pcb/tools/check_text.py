@@ -5,11 +5,14 @@ mergekit ignores what it does not know. Nothing is read here but the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import difflib
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import yaml
+from mergekit import merge_methods
 from mergekit.common import dtype_from_name
 from mergekit.config import (
     InputModelDefinition,
@@ -20,11 +23,12 @@ from mergekit.config import (
 )
 from mergekit.merge_methods.base import ParameterSpec
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.parameters import SPECS, ignored, suggestion
-from mergekit_pcb.host.planning import is_raw
+from mergekit_pcb.host.planning import is_raw, named_models
 
 ERROR: Literal["error"] = "error"
 WARNING: Literal["warning"] = "warning"
@@ -33,7 +37,9 @@ WARNING: Literal["warning"] = "warning"
 class UniqueKeys(yaml.SafeLoader):
     """YAML in which no key stands twice; elsewhere the last one silently wins."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a node as it is written: merged keys, which others may replace, come later."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and str(key.value) in seen:
@@ -41,7 +47,7 @@ class UniqueKeys(yaml.SafeLoader):
                     None, None, f"{key.value} stands twice, and the first is lost", key.start_mark
                 )
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        return node
 
 
 class Finding(BaseModel):
@@ -68,14 +74,18 @@ class Findings(BaseModel):
         self.findings.append(Finding(level=WARNING, where=where, what=what))
 
 
-def check_document(report: Findings, document: Any, prefix: str, extra: set[str]) -> None:
+def check_document(report: Findings, document: Any, prefix: str, *, several: bool) -> None:
     if not isinstance(document, dict):
         report.error(f"{prefix}file", "it is no mapping of names to values")
         return
     method = document.get("merge_method")
     if method != "pcb":
         here = f"{prefix}merge_method"
-        if extra:  # other stages may use what they like
+        if several:  # stages may use what they like
+            known = {one.spec.name for one in merge_methods.registered_methods()}
+            if method not in known:
+                near = suggestion(str(method), known)
+                report.error(here, f"mergekit knows no {method}{near}")
             return
         report.error(
             here,
@@ -86,7 +96,9 @@ def check_document(report: Findings, document: Any, prefix: str, extra: set[str]
         return
     raw = is_raw(document)
     kind = RawPyTorchMergeConfig if raw else MergeConfiguration
-    _check_fields(report, document, f"{prefix}top level", {*kind.model_fields, *extra})
+    # Names that begin with x- are for anchors, as elsewhere in YAML.
+    told = {name: value for name, value in document.items() if not str(name).startswith("x-")}
+    _check_fields(report, told, f"{prefix}top level", {*kind.model_fields, "name"})
     _check_parameters(report, document, f"{prefix}parameters", per_model=False)
     for name in ("dtype", "out_dtype"):
         chosen = dtype_of(document.get(name))
@@ -106,8 +118,38 @@ def check_document(report: Findings, document: Any, prefix: str, extra: set[str]
         _check_parameters(report, entry, f"{where}.parameters", per_model=per_model)
 
 
+def check_names(report: Findings, documents: Sequence[Any]) -> None:
+    """Look for models that are no folders, and for names that nearly are a stage's."""
+    stages = [part for part in documents if isinstance(part, dict)]
+    names = [str(part["name"]) for part in stages if part.get("name")]
+    if not any(part.get("merge_method") == "pcb" for part in stages):
+        report.warn("file", "no stage of it uses pcb")
+    for number, part in enumerate(stages, 1):
+        prefix = f"stage {part.get('name') or number}: "
+        check_paths(report, part, prefix)
+        for model in named_models(part):
+            near = difflib.get_close_matches(model, names, n=1, cutoff=0.8)
+            if near and model not in names and not pathlib.Path(model).exists():
+                report.error(f"{prefix}models", f"{model} is no stage; did you mean {near[0]}?")
+
+
+def check_paths(report: Findings, document: dict[str, Any], prefix: str = "") -> None:
+    """Look for models that are named as paths and are not there."""
+    places = [("base_model", {"base_model": document.get("base_model")})]
+    for where, entry in [*places, *((where, entry) for where, entry, _ in entries(document))]:
+        named = entry if isinstance(entry, dict) else {}
+        for path in named_models({k: v for k, v in named.items() if k in ("model", "base_model")}):
+            if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
+                report.error(prefix + where.split(" (")[0], f"there is no {path}")
+
+
 def entries(document: dict[str, Any]) -> Iterator[tuple[str, Any, Iterable[str]]]:
-    """Every model, slice, source and module, with the fields that mergekit reads there."""
+    """Every model, slice, source, module and token, with the fields that mergekit reads there."""
+    if isinstance(tokenizer := document.get("tokenizer"), dict):
+        yield "tokenizer", tokenizer, TokenizerConfig.model_fields
+        tokens = tokenizer.get("tokens")
+        for token, how in tokens.items() if isinstance(tokens, dict) else ():
+            yield f"tokenizer.tokens.{token}", how, TokenEmbeddingConfig.model_fields
     yield from _listed(document, "models", "", InputModelDefinition)
     modules = document.get("modules")
     owners = {"": document}

@@ -10,13 +10,24 @@ from typing import Any
 import click
 import yaml
 
-from mergekit_pcb.errors import HOST_ERRORS, PCBError, one_line
+from mergekit_pcb.errors import PCBError, is_hosts, one_line
 from mergekit_pcb.files import check_target
 
 # mergekit's own options pass through a command's, to be read by merge_options.
 HOST_OPTIONS = {"ignore_unknown_options": True}
+
+
+class _Configuration(click.Path):
+    """A file that is there; an option of mergekit's before it is told."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if str(value).startswith("-"):
+            self.fail(f"write the file before mergekit's options, {value} among them", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 config_argument = click.argument(
-    "config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
+    "config", type=_Configuration(exists=True, dir_okay=False, path_type=pathlib.Path)
 )
 host_options = click.argument("options", nargs=-1, type=click.UNPROCESSED)
 
@@ -33,7 +44,9 @@ def explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[N
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
-    except (*HOST_ERRORS, yaml.YAMLError) as error:
+    except Exception as error:
+        if not is_hosts(error):
+            raise
         raise PCBError(what, one_line(error), remedy) from None
 
 

@@ -268,6 +268,10 @@ def _merge(directory: pathlib.Path, name: str) -> None:
     command = [stock] if stock else [sys.executable, "-m", "mergekit_pcb", "yaml"]
     command += [str(directory / f"{name}.yml"), str(directory / f"merged-{name}")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode and stock and "Unimplemented merge method pcb" in done.stderr:
+        # Where start-up files are switched off, mergekit's own command knows no pcb.
+        command = [sys.executable, "-m", "mergekit_pcb", "yaml", *command[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise PCBError(
