@@ -247,3 +247,20 @@ def test_a_gpu_that_is_not_there_is_told_and_a_merge_on_one_can_be_checked(
     checked = CliRunner().invoke(main, ["check", str(tmp_path / "c.yml"), "--cuda"])
     assert checked.exit_code == 0, checked.output
     assert "no mistakes found" in checked.output
+
+
+def test_a_last_slice_of_more_models_than_the_first(tmp_path, family):
+    """The host would load the head of as many as the first has."""
+    base, *models = map(str, family)
+
+    def piece(start, *names):
+        sources = [{"model": name, "layer_range": [start, start + 2]} for name in names]
+        return {"sources": sources}
+
+    pieces = (base, models[0]), (base, models[2], models[1])
+    config = {"merge_method": "pcb", "base_model": base}
+    config["slices"] = [piece(0, *pieces[0]), piece(2, *pieces[1])]
+    sentence = refused(tmp_path, config)
+    assert f"of {models[1]}, because mergekit 0.1.5 loads it of as many models as" in sentence
+    config["slices"] = [piece(0, *pieces[1]), piece(2, *pieces[0])]
+    merge(tmp_path / "fits", config)

@@ -21,11 +21,13 @@ from reference import pcb as reference
 from safetensors.torch import save_file
 from test_bad_input import THREE_BEATS, refused, unreadable  # noqa: F401 - a fixture
 from test_families import fused
+from test_plan import run_in_process
 from test_whole_model import whole_reference
 
 from mergekit_pcb import PCBError, combine, contributions
 from mergekit_pcb.host import refined as host_refined
-from mergekit_pcb.host.kinds import Kind, kinds_of
+from mergekit_pcb.host.architecture import Architecture
+from mergekit_pcb.host.kinds import Kind, fitted, kinds_of
 from mergekit_pcb.tools import cli
 
 DENSITY = 0.2
@@ -404,7 +406,7 @@ def test_state_dicts_are_assumed_and_that_is_said(caplog):
             states, "pcb", base=0, parameters={"density": DENSITY, "refine": "solve"}
         )
     assert_close(merged, wanted, states[0])
-    (record,) = caplog.records
+    (record,) = [one for one in caplog.records if one.name.startswith("mergekit_pcb")]
     assert "so 4 matrices are refined as weights of linear layers" in record.getMessage()
     one = merge_tensors(
         [state[names[1]] for state in states],
@@ -579,3 +581,47 @@ def test_a_trial_of_a_search_is_the_merge(tmp_path, family):
     weights = [model["parameters"]["weight"] for model in config["models"]]
     assert weights != [1.0] * 3
     assert pathlib.Path(kept / "0").exists()
+
+
+def test_tensors_that_lie_the_other_way_round_than_their_module(tmp_path, family, monkeypatch):
+    """As the experts of released Qwen3-VL mixtures, of one name in both."""
+    shape = Architecture.shape
+
+    def turned(self, name):
+        found = shape(self, name)
+        return tuple(reversed(found)) if "up_proj" in name else found
+
+    monkeypatch.setattr(Architecture, "shape", turned)
+    parameters = {"density": DENSITY, "refine": "solve"}
+    run_in_process(configuration(family, parameters=parameters), tmp_path / "out")
+    merged, states = tensors(tmp_path / "out"), [tensors(path) for path in family]
+    # Of modules that say nothing of their shape, as the file has them.
+    monkeypatch.setattr(Architecture, "shape", lambda *_: None)
+    run_in_process(configuration(family, parameters=parameters), tmp_path / "plain")
+    plain = tensors(tmp_path / "plain")
+    for name, tensor in merged.items():
+        if "up_proj" not in name:
+            assert torch.equal(tensor, plain[name])
+            continue
+        base, *experts = [{"w": state[name].T.contiguous()} for state in states]
+        parts = contributions(base, experts, density=DENSITY, refine="solve")
+        found = combine(base, parts, [1.0] * 3)["w"].T
+        away = (plain[name] - found).norm() / (found - states[0][name]).norm()
+        assert away > 0.1, "it matters"
+        assert torch.allclose(tensor, found, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "shape", "expected"),
+    [
+        (Kind.ROWS, (4, 24, 32), (4, 32, 24), Kind.COLUMNS),
+        (Kind.COLUMNS, (4, 24, 32), (4, 32, 24), Kind.ROWS),
+        (Kind.ROWS, (4, 24, 32), (4, 24, 32), Kind.ROWS),
+        (Kind.ROWS, (64, 32), (70, 32), Kind.ROWS),  # a head of a larger vocabulary
+        (Kind.ROWS, (32, 32), (32, 32), Kind.ROWS),
+        (Kind.ROWS, None, (32, 24), Kind.ROWS),
+        (Kind.UNKNOWN, (24, 32), (32, 24), Kind.UNKNOWN),
+    ],
+)
+def test_which_way_a_tensor_lies(kind, known, shape, expected):
+    assert fitted(kind, known, shape) is expected

@@ -206,3 +206,73 @@ def test_mistakes_end_in_a_sentence(tmp_path, family, monkeypatch):
     result = CliRunner().invoke(cli.main, ["report", str(file), "-o", str(tmp_path / "out")])
     assert "pip install matplotlib" in result.output
     assert not (tmp_path / "out").exists()
+
+
+# --- Where PCB's own merge is not all there is ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "share"),
+    [
+        ({}, None),
+        ({"lambda": 0.0}, 0.0),
+        ({"weight": 0.0}, 0.0),
+        ({"refine": "solve"}, 1.0),
+        ({"refine": "solve", "density": 0.0}, 1.0),
+    ],
+)
+def test_what_changes_is_what_the_whole_merge_changes(tmp_path, family, parameters, share):
+    """Not what the tasks keep: in matrices, the most of a model."""
+    said, out, data = report(tmp_path, configuration(family, parameters=parameters))
+    for name, counts in data["tensors"].items():
+        kept = counts["elements"] - counts["kept_by"][0]
+        if share is None:
+            assert counts["changed"] == kept
+        elif "proj" in name:
+            assert counts["changed"] == pytest.approx(share * counts["elements"], rel=1e-2)
+    counted = data["tensors"].values()
+    total = sum(counts["elements"] for counts in counted)
+    left = total - sum(counts["changed"] for counts in counted)
+    assert f"{100 * left / total:.1f} % of all elements keep the base's value" in said
+    assert ("of what the tasks keep, " in said) == (share is not None)
+    page = (out / "report.html").read_text()
+    assert ("Of PCB&#x27;s merge, before refine." in page) == ("refine" in parameters)
+    if parameters.get("density") == 0:
+        assert "% of the norm of what PCB adds" not in said
+        with (out / "tensors.csv").open(newline="") as rows:
+            moved = {row["tensor"]: row["moved_from_pcb"] for row in csv.DictReader(rows)}
+        assert moved["model.layers.0.mlp.up_proj.weight"] == ""
+
+
+@pytest.mark.parametrize("spectrum", ["auto", 1, 0.2])
+def test_agreement_is_the_experts_whatever_exponent_is_chosen(tmp_path, family, spectrum):
+    parameters = {"refine": "solve", "spectrum": spectrum}
+    _, _, data = report(tmp_path, configuration(family, parameters=parameters))
+    counts = data["tensors"]["model.layers.1.mlp.up_proj.weight"]
+    assert counts["agreements"] == pytest.approx(3**-0.5, abs=0.05), "they are independent"
+    if spectrum == "auto":
+        assert counts["exponents"] == counts["agreements"]
+    else:
+        assert counts["exponents"] == spectrum
+
+
+def test_slices_with_models_of_their_own(tmp_path, family):
+    base, *models = map(str, family)
+
+    def piece(start, *names):
+        sources = [{"model": name, "layer_range": [start, start + 2]} for name in names]
+        return {"sources": sources}
+
+    slices = [piece(0, base, models[0], models[2]), piece(2, base, models[2], models[1])]
+    config = {"merge_method": "pcb", "base_model": base, "slices": slices}
+    _, _, data = report(tmp_path, config)
+    assert data["tasks"] == [family[number].name for number in (1, 3, 2)]
+    start, *experts = [tensors(family[number]) for number in (0, 1, 3, 2)]
+    for layer, there in ((0, [True, True, False]), (3, [False, True, True])):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        found = [task["task_vector_sq"] for task in data["tensors"][name]["tasks"]]
+        due = [
+            float((expert[name] - start[name]).double().square().sum()) * own
+            for expert, own in zip(experts, there, strict=True)
+        ]
+        assert found == pytest.approx(due, rel=1e-5)

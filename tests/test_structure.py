@@ -194,7 +194,7 @@ ARROWS = {
     "tools.demo_page": {"tools.demo", "tools.figures"},
     "tools.figures": {"errors", "tools.counts"},
     "tools.page": {"tools.counts", "tools.figures"},  # the first only for type checkers
-    "tools.report": {"errors", "files", "host.planning", "tools.counts"},
+    "tools.report": {"errors", "files", "host.plan", "host.planning", "tools.counts"},
     "tools.search_space": {"errors"},
     "tools.search": {"state_dicts", "tools.search_space"},
     "tools.search_scores": {"errors", "tools.search_space"},

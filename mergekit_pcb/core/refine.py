@@ -69,10 +69,14 @@ def merge(
 
 @dataclass(frozen=True)
 class Refined:
-    """One matrix, the exponent of its singular values, and its merged task vector ``M``, flat."""
+    """One matrix, the exponent of its singular values, and its merged task vector ``M``, flat.
+
+    ``agreement`` is the exponent that ``spectrum: auto`` takes.
+    """
 
     matrix: Matrix
     exponent: float
+    agreement: float
     merged: torch.Tensor
 
 
@@ -85,7 +89,7 @@ def refined(
             exponent = _exponent(own, refinement)
             (found,) = _unevened(matrix, own, statistics, [weights], refinement)
             own_memory = evened(found, refinement.layout, exponent, aligned.name, even_)
-            yield Refined(matrix, exponent, own_memory)
+            yield Refined(matrix, exponent, own.agreement, own_memory)
 
 
 def contributions(

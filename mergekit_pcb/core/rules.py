@@ -65,7 +65,7 @@ DENSITY = Rule(
     _between_0_and_1,
     0.1,
     "density is the fraction of a task vector's elements that keep weight",
-    "write a number from 0 (the base model) to 1; small ones such as 0.1 work best",
+    "write a number from 0 (nothing is kept) to 1; small ones such as 0.1 work best",
 )
 WEIGHT = Rule(
     _number(math.isfinite),

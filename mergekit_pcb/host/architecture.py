@@ -67,7 +67,7 @@ class Architecture:
             return name, None
         if pattern is None:
             return renamed, False
-        (converter,) = (c for c in converters if pattern in c.source_patterns)
+        converter = next(c for c in converters if pattern in c.source_patterns)
         turns = [op for op in converter.operations if isinstance(op, Transpose)]
         known = all(
             isinstance(op, (Concatenate, MergeModulelist, Transpose)) for op in converter.operations

@@ -45,6 +45,18 @@ def layout_of(kind: Kind, shape: Sequence[int]) -> Layout | None:
     return Layout(count, second, first, transposed=True)
 
 
+def fitted(kind: Kind, known: Sequence[int] | None, shape: Sequence[int]) -> Kind:
+    """The kind of a tensor that may lie the other way round than its module holds it.
+
+    Some files hold fused experts as ``[in, out]`` and modules as ``[out, in]``, under one name:
+    transformers turns them if their shape says so, and so does this. Square ones say nothing.
+    """
+    turned = {Kind.ROWS: Kind.COLUMNS, Kind.COLUMNS: Kind.ROWS}
+    if known is None or kind not in turned or known[-1] == known[-2]:
+        return kind
+    return turned[kind] if tuple(shape) == (*known[:-2], known[-1], known[-2]) else kind
+
+
 def kinds_of(module: torch.nn.Module) -> dict[str, Kind]:
     """The kind of every parameter of a module; a tied one is an embedding if any of its uses is."""
     found: dict[int, list[Kind]] = {}

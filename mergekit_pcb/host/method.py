@@ -35,7 +35,7 @@ from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import aligned, beyond, check_shapes, explained_for, name_of
-from mergekit_pcb.host.kinds import Kind, assumed, layout_of, unrefined
+from mergekit_pcb.host.kinds import Kind, assumed, fitted, layout_of, unrefined
 from mergekit_pcb.host.parameters import (
     PARAMETERS,
     Values,
@@ -86,7 +86,8 @@ class Known:
     ``tasks`` are all of the configuration's, also where a tensor is missing in some.
     ``statistics`` are those of the whole model, under ``scope: model``; ``measured`` says that
     this tensor took part in them, so that it is finite. ``observe`` is shown every tensor.
-    ``kind`` is what the tensor is to the activations, where its matrices are refined.
+    ``kind`` is what the tensor is to the activations, where its matrices are refined, and
+    ``shape`` that of the module's own tensor, if it is known.
     """
 
     tasks: Sequence[Hashable]
@@ -94,6 +95,7 @@ class Known:
     measured: bool = False
     observe: Callable[[Prepared], None] | None = None
     kind: Kind = Kind.ELEMENTS
+    shape: tuple[int, ...] | None = None
 
 
 class PCBMerge(GroupMergeMethod):
@@ -304,7 +306,8 @@ def prepare(group: TensorGroup, parameters: Values) -> Prepared:
         if working_dtype(flat.base.dtype) == torch.float64:
             statistics = replace(statistics, dtype=torch.float64)
     weights = [parameters["weight"][task] for task in ids]
-    layout = layout_of(known.kind, group.entries[0].tensor.shape)
+    shape = group.entries[0].tensor.shape
+    layout = layout_of(fitted(known.kind, known.shape, shape), shape)
     refinement = refinement_of(parameters, layout)
     return Prepared(flat, statistics, positions, weights, parameters["lambda"], refinement)
 

@@ -62,6 +62,8 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
     plan: Plan
     measuring: MeasureModel | None
     kind: Kind
+    #: That of the base's module, where its architecture tells.
+    shape: tuple[int, ...] | None
 
     def arguments(self) -> dict[str, Task[Any]]:
         more = {} if self.measuring is None else {"measured": self.measuring}
@@ -78,6 +80,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
             self.output_weight.name in measured.names if measured else False,
             getattr(self.plan.options, "observe", None),
             self.kind,
+            self.shape,
         )
         parameters = ImmutableMap({**dict(self.parameters.items()), KNOWN: known})
         planned = self.model_copy(update={"parameters": parameters})
@@ -89,6 +92,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
 
 def nodes_of(plan: Plan) -> list[MergeTensor]:
     """A node for every tensor of a plan, in its order."""
+    shapes = plan.known_shapes if plan.kinds else {}
     measuring = MeasureModel(plan=plan, tokenizer=plan.tokenizer) if plan.scope == MODEL else None
     return [
         MergeTensor.model_construct(
@@ -96,6 +100,7 @@ def nodes_of(plan: Plan) -> list[MergeTensor]:
             plan=plan,
             measuring=measuring,
             kind=plan.kinds.get(task.output_weight.name, Kind.ELEMENTS),
+            shape=shapes.get(task.output_weight.name),
         )
         for task in plan.tasks
     ]

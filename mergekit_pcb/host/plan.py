@@ -58,6 +58,7 @@ class Plan:
         self.options = options
         #: What mergekit casts results to, if the configuration names it.
         self.out_dtype = _dtype("out_dtype", out_dtype)
+        self._check_inputs()
         named = [(task.output_weight.name, values_of(task)) for task in self.tasks]
         self.scope = scope_of(named)
         #: Of the whole model; ``None`` where every tensor has its own.
@@ -149,6 +150,21 @@ class Plan:
 
     def values(self) -> Iterator[Values]:
         return map(values_of, self.tasks)
+
+    def _check_inputs(self) -> None:
+        """Refuse tensors of which mergekit's plan loads fewer models than it names.
+
+        Its plan of what follows the layers (the last norm, the head) takes the models of the last
+        slice, and as many of them as the first one has.
+        """
+        for task in self.tasks:
+            if left := [model for model in models_of(task) if model not in task.input_parameters]:
+                raise PCBError(
+                    f"merge {task.output_weight.name} of {left[0]}",
+                    "mergekit 0.1.5 loads it of as many models as the first slice has, and the "
+                    "last slice has more",
+                    "give both slices equally many models, or the larger one first",
+                )
 
     def _check_paths(self) -> None:
         """Refuse one model under two spellings of its path."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,8 @@ class TensorCounts(_Counts):
     elements: int = 0
     tensors: int = 1
     unchanged: int = 0
+    #: Elements to which anything is added, by the whole merge.
+    changed: int = 0
     #: Elements that two tasks or more change, and keep, and those of them with both signs.
     met_before: int = 0
     conflicts_before: int = 0
@@ -59,11 +61,13 @@ class TensorCounts(_Counts):
     base_sq: float = 0.0
     merged_sq: float = 0.0
     #: Of tensors whose matrices are refined: how many, their matrices, the sum of the exponents of
-    #: those, and the squared norms of PCB's own merge and of how far the refined one is from it.
-    #: All other counts but ``merged_sq`` are of PCB's own.
+    #: those and of the agreements of the experts in them (what ``spectrum: auto`` takes for the
+    #: exponent), and the squared norms of PCB's own merge and of how far the refined one is from
+    #: it. All other counts but ``merged_sq`` and ``changed`` are of PCB's own.
     refined: int = 0
     matrices: int = 0
     exponents: float = 0.0
+    agreements: float = 0.0
     pcb_sq: float = 0.0
     moved_sq: float = 0.0
     #: Elements kept by so many tasks: none, one, two, …
@@ -102,9 +106,16 @@ class TensorCounts(_Counts):
         return self.exponents / self.matrices if self.matrices else 1.0
 
     @property
-    def moved(self) -> float:
-        """How far refining went from PCB's merge, in parts of the norm of that."""
-        return math.sqrt(self.moved_sq / self.pcb_sq) if self.pcb_sq else 0.0
+    def agreement(self) -> float:
+        """The mean agreement of the experts' matrices: 1 where their task vectors are one."""
+        return self.agreements / self.matrices if self.matrices else 1.0
+
+    @property
+    def moved(self) -> float | None:
+        """How far refining went from PCB's merge, in parts of its norm; none where that is 0."""
+        if self.pcb_sq:
+            return math.sqrt(self.moved_sq / self.pcb_sq)
+        return None if self.moved_sq else 0.0
 
 
 class Report(BaseModel):
@@ -158,13 +169,19 @@ def _layer_order(layer: str) -> tuple[bool, str, int]:
 
 @dataclass
 class Counter:
-    """Counts tensors as they are merged."""
+    """Counts tensors as they are merged.
+
+    ``places`` are the numbers of a tensor's own tasks among all: slices may have other models.
+    """
 
     tasks: int
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
     found: dict[str, TensorCounts] = field(default_factory=dict)
 
     def __call__(self, tensor: Prepared) -> None:
-        aligned, statistics, positions = tensor.aligned, tensor.statistics, tensor.positions
+        aligned, statistics = tensor.aligned, tensor.statistics
+        places = self.places.get(aligned.name, range(self.tasks))
+        positions = [places[position] for position in tensor.positions]
         counts = TensorCounts.empty(self.tasks)
         counts.tensors, counts.elements = 1, len(aligned)
         thinned = aligned.under(statistics.dare)
@@ -189,6 +206,7 @@ class Counter:
                     )
                 )
             counts.merged_sq += _squares(merged)
+            counts.changed += int((merged != 0).sum())
             before = _conflicts([torch.sign(tau) for tau in taus])
             after = _conflicts([torch.sign(part) for part in parts])
             counts.met_before += before[0]
@@ -212,11 +230,14 @@ def _count_refined(counts: TensorCounts, tensor: Prepared, refinement: Refinemen
     """Count what refining makes of a tensor of which all else is counted."""
     aligned, statistics = tensor.aligned, tensor.statistics
     counts.refined, counts.pcb_sq, counts.merged_sq = 1, counts.merged_sq, 0.0
+    counts.changed = 0
     for found in refined(aligned, statistics, tensor.weights, refinement):
         counts.matrices += 1
         counts.exponents += found.exponent
+        counts.agreements += found.agreement
         merged = found.merged.mul_(tensor.scale)
         counts.merged_sq += _squares(merged)
+        counts.changed += int((merged != 0).sum())
         for chunk, own in found.matrix.chunks(merged):
             pcb = delta(chunk, statistics, tensor.weights)
             counts.moved_sq += _squares(own - tensor.scale * pcb)

@@ -204,18 +204,19 @@ def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def exponents(report: Report) -> str:
+def agreements(report: Report) -> str:
     """Over depth, a line for each kind of tensor."""
-    return _by_depth(report, lambda counts: counts.exponent, "exponent of singular values")
+    return _by_depth(report, lambda counts: counts.agreement, "agreement of the experts")
 
 
 def moved(report: Report) -> str:
     return _by_depth(report, lambda counts: counts.moved, "distance / norm of PCB's merge")
 
 
-def _by_depth(report: Report, value: Callable[[TensorCounts], float], what: str) -> str:
+def _by_depth(report: Report, value: Callable[[TensorCounts], float | None], what: str) -> str:
     """A picture of a number of every refined tensor: layers to the right, a line for each kind."""
-    rows = [(layer_of(n), kind_of(n), value(c)) for n, c in report.tensors.items() if c.refined]
+    found = [(layer_of(n), kind_of(n), value(c)) for n, c in report.tensors.items() if c.refined]
+    rows = [(layer, kind, number) for layer, kind, number in found if number is not None]
     layers = [layer for layer in report.by_layer() if layer in {row[0] for row in rows}]
     figure, axis = blank(3.6)
     for number, kind in enumerate(dict.fromkeys(row[1] for row in rows)):

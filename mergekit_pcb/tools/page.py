@@ -40,28 +40,29 @@ def page(report: Report, table: Sequence[Sequence[str]], remarks: Sequence[str])
         (f"{len(report.tasks)}", "tasks"),
         (f"{total.tensors}", f"tensors, {total.unchanged} of them unchanged"),
         (_count(total.elements), "elements"),
-        (figures.percent(1 - figures.part(total.kept_by[0], total.elements)), "of them change"),
+        (figures.percent(figures.part(total.changed, total.elements)), "of them change"),
         (
             figures.percent(figures.part(sum(total.kept_by[2:]), total.elements)),
             "merge several tasks",
         ),
     ]
+    own = " Of PCB's merge, before refine." if total.refined else ""
     pictures = [
         (
             "Who keeps how much, layer by layer",
             "Share of all elements that keep a weight above zero. With scope: tensor every tensor "
-            "keeps density of its elements; with scope: model layers win or lose as a whole.",
+            f"keeps density of its elements; with scope: model layers win or lose as a whole.{own}",
             figures.kept(report, layers, "layer"),
         ),
         (
             "The same by kind of tensor",
-            "Kinds are names without layer numbers.",
+            f"Kinds are names without layer numbers.{own}",
             figures.kept(report, kinds, "kind"),
         ),
         (
             "Whose merge is it?",
             "Effective share of each task: its part of the magnitudes that are added to the base, "
-            "weight and lambda included.",
+            f"weight and lambda included.{own}",
             figures.shares(report, layers),
         ),
         (
@@ -73,18 +74,18 @@ def page(report: Report, table: Sequence[Sequence[str]], remarks: Sequence[str])
         (
             "Sign conflicts before and after",
             "Of the elements that several tasks change (before) or keep (after), the share in "
-            "which they pull in opposite directions.",
+            f"which they pull in opposite directions.{own}",
             figures.conflicts(layers),
         ),
         (
             "Do the tasks keep the same elements?",
             "Left: elements that both of two tasks keep, as a share of those that either keeps. "
-            "Right: how many tasks keep an element.",
+            f"Right: how many tasks keep an element.{own}",
             figures.overlaps(report, total),
         ),
         (
             "How even is it?",
-            "Tensors by the share of their elements that a task keeps.",
+            f"Tensors by the share of their elements that a task keeps.{own}",
             figures.distribution(report),
         ),
     ]
@@ -92,15 +93,18 @@ def page(report: Report, table: Sequence[Sequence[str]], remarks: Sequence[str])
         pictures.append(
             (
                 "Where do the experts agree?",
-                "The exponent of the singular values of the merged matrices: 1 where the experts' "
-                "task vectors are one, 0.58 where three of them have nothing in common.",
-                figures.exponents(report),
+                "1 where the experts' task vectors are one, 0.58 where three of them have nothing "
+                "in common; spectrum: auto raises the singular values of a merged matrix to this "
+                "power.",
+                figures.agreements(report),
             )
         )
+    if total.refined and any(counts.moved for counts in report.tensors.values()):
         pictures.append(
             (
                 "How far is it from PCB's merge?",
-                "Distance of the refined merge from PCB's own, in parts of the norm of that.",
+                "Distance of the refined merge from PCB's own, in parts of the norm of that; "
+                "tensors to which PCB adds nothing are left out.",
                 figures.moved(report),
             )
         )

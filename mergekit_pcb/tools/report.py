@@ -17,6 +17,7 @@ from tqdm import tqdm
 import mergekit_pcb
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text, written_whole
+from mergekit_pcb.host.plan import models_of
 from mergekit_pcb.host.planning import execute, plan_without_merging
 from mergekit_pcb.tools.counts import Counter, Report, TensorCounts, kind_of, layer_of
 
@@ -24,7 +25,12 @@ from mergekit_pcb.tools.counts import Counter, Report, TensorCounts, kind_of, la
 def observe(configuration: str, options: Any) -> Report:
     """Count over a whole configuration; shows a progress bar on a terminal, unless quiet."""
     plan = plan_without_merging(configuration, options)
-    counter = Counter(len(plan.models))
+    models = list(dict.fromkeys(model for task in plan.tasks for model in models_of(task)))
+    places = {
+        task.output_weight.name: [models.index(model) for model in models_of(task)]
+        for task in plan.tasks
+    }
+    counter = Counter(len(models), places)
     with tqdm(
         total=len(plan.tasks),
         desc="Looking at the merge",
@@ -41,7 +47,7 @@ def observe(configuration: str, options: Any) -> Report:
         version=mergekit_pcb.__version__,
         configuration=configuration,
         scope=plan.scope,
-        tasks=_short([str(model) for model in plan.models]),
+        tasks=_short([str(model) for model in models]),
         tensors=counter.found,
     )
 
@@ -91,11 +97,20 @@ def remarks(report: Report) -> list[str]:
     """What there is to say of all tasks together."""
     total = report.total()
     alone, together = total.kept_by[1], sum(total.kept_by[2:])
-    return [
-        *["shares and conflicts are those of PCB's merge, before refine"] * bool(total.refined),
-        f"{percent(total.kept_by[0], total.elements)} of all elements keep the base's value, "
+    unchanged = total.elements - total.changed
+    kept = f"{percent(unchanged, total.elements)} of all elements keep the base's value"
+    by_tasks = (
         f"{percent(alone, total.elements)} come from one task, "
-        f"{percent(together, total.elements)} from several",
+        f"{percent(together, total.elements)} from several"
+    )
+    if unchanged == total.kept_by[0]:
+        several = [f"{kept}, {by_tasks}"]
+    else:  # refined, or lambda or weights are 0
+        several = [kept, f"of what the tasks keep, {by_tasks}"]
+    return [
+        *["what is kept, shares and conflicts are those of PCB's merge, before refine"]
+        * bool(total.refined),
+        *several,
         f"signs conflict in {percent(total.conflicts_before, total.met_before)} of the elements "
         "that several tasks change, and in "
         f"{percent(total.conflicts_after, total.met_after)} of those that several keep",
@@ -108,10 +123,12 @@ def remarks(report: Report) -> list[str]:
 
 def _refined(total: TensorCounts) -> Iterator[str]:
     if total.refined:
+        how_far = ""
+        if total.moved is not None:
+            how_far = f", by {100 * total.moved:.0f} % of the norm of what PCB adds to them"
         yield (
-            f"refine changes {total.refined} tensors, by {100 * total.moved:.0f} % of the norm of "
-            f"what PCB adds to them; singular values of their {total.matrices} matrices are "
-            f"raised to the power {total.exponent:.2f} (mean)"
+            f"refine changes {total.refined} tensors{how_far}; singular values of their "
+            f"{total.matrices} matrices are raised to the power {total.exponent:.2f} (mean)"
         )
 
 
