@@ -7,6 +7,7 @@ spectrum that is evened is no sum: it is a step after it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,9 @@ from mergekit_pcb.host.groups import explained, explained_for, refuse_beyond
 from mergekit_pcb.host.kinds import kinds_of
 from mergekit_pcb.host.method import PCBMerge, in_memory, prepare
 
+LOG = logging.getLogger(__name__)
+#: What quantised weights and complex ones are stored in.
+QUANTISED = (torch.int8, torch.uint8, torch.complex64, torch.complex128)
 StateDict = dict[str, torch.Tensor]
 Model = Mapping[str, torch.Tensor] | torch.nn.Module
 Weights = Sequence[float] | torch.Tensor | Mapping[str, torch.Tensor]
@@ -63,8 +67,9 @@ def contributions(
     """What the ``weight`` of each expert multiplies, in every floating-point tensor.
 
     ``base`` and ``experts`` are modules or state dicts with the same tensors; one that has several
-    names in all of them is merged once. What is no floating point has to be equal in all, single
-    numbers such as counters left aside. Parameters are
+    names in all of them is merged once. What is no floating point is not merged (where it looks
+    like quantised weights that differ, that is an error), and what only experts have is left out,
+    which is logged. Parameters are
     those of ``merge_method: pcb``, with one ``density`` and ``dare_density`` for all or one for
     each expert. The modules of ``architecture`` (of ``base``, where it is one) say which tensors
     are matrices to refine; without one, all of two dimensions are taken for ``[out, in]``, which
@@ -146,7 +151,9 @@ def combine(
     merged = dict(base.state_dict() if isinstance(base, torch.nn.Module) else base)
     names = contributions[0] if len(contributions) else {}
     _refuse_other_base(merged, names)
-    if isinstance(weights, Mapping) and (missing := names.keys() - weights.keys()):
+    if isinstance(weights, Mapping) and (
+        missing := names.keys() - contributions.tied.keys() - weights.keys()
+    ):
         raise PCBError(
             f"combine the contributions to {min(missing)}",
             "there are no weights of that name",
@@ -178,7 +185,8 @@ def combine(
                 delta = apply(step, delta.reshape(-1), name).view(delta.shape)
         start = merged[name]
         summed = start.detach().to(delta.dtype) + scale * delta
-        refuse_beyond(start.dtype, summed.detach(), name)
+        if not summed.requires_grad:
+            refuse_beyond(start.dtype, summed, name)
         merged[name] = summed.to(start.dtype)
     for name, first in contributions.tied.items():
         merged[name] = merged[first]
@@ -205,13 +213,15 @@ def _refuse_other_tensors(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Raise :class:`PCBError` where experts have other tensors than the base, or others' kinds."""
     base, *experts = states
     for number, state in enumerate(experts):
-        for name, lacks in (
-            *((name, f"expert {number}") for name in base.keys() - state.keys()),
-            *((name, "the base") for name in state.keys() - base.keys()),
-        ):
-            raise PCBError(f"merge tensor {name}", f"{lacks} lacks it", "give models of one kind")
+        if left := [name for name in state if name not in base]:
+            LOG.warning("%s, of expert %d, is left out: the base lacks it", left[0], number)
         for name, tensor in base.items():
-            other, where = state[name], f"merge tensor {name}"
+            where = f"merge tensor {name}"
+            if name not in state:
+                if not tensor.is_floating_point():
+                    continue
+                raise PCBError(where, f"expert {number} lacks it", "give models of one kind")
+            other = state[name]
             if tensor.is_meta or other.is_meta:
                 remedy = "load the weights (offloaded ones, too) before merging"
                 raise PCBError(where, "it is on the device meta, without values", remedy)
@@ -220,8 +230,13 @@ def _refuse_other_tensors(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
                 raise PCBError(where, apart, "move all models to one device")
             if tensor.is_floating_point() and other.is_floating_point():
                 continue
-            counter = tensor.numel() == 1 and not tensor.is_floating_point()
-            if not counter and (tensor.dtype != other.dtype or not torch.equal(tensor, other)):
+            same = tensor.shape == other.shape and bool((tensor == other).all())
+            # Others are masks, positions and counters, of which the base's are kept.
+            weights = any(
+                one.is_floating_point() or (one.dtype in QUANTISED and one.ndim > 1)
+                for one in (tensor, other)
+            )
+            if weights and not same:
                 raise PCBError(
                     where,
                     f"it is {tensor.dtype} in the base, {other.dtype} in expert {number} and not "
@@ -235,8 +250,10 @@ def _tied(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, str]:
     first: dict[Any, str] = {}
     found = {}
     for name in states[0]:
-        tensors = [state[name] for state in states]
-        if all(tensor.numel() and tensor.layout == torch.strided for tensor in tensors):
+        tensors = [state[name] for state in states if name in state]
+        if len(tensors) == len(states) and all(
+            tensor.numel() and tensor.layout == torch.strided for tensor in tensors
+        ):
             places = tuple(
                 (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
                 for tensor in tensors

@@ -117,12 +117,29 @@ def test_mistakes_end_in_sentences(models):
         adamerge(Silent(*base), base, experts, [batch])
     with pytest.raises(PCBError, match="there are no batches"):
         adamerge(base, base, experts, iter(()))
-    part = {name: tensor for name, tensor in base.state_dict().items() if name != "0.weight"}
-    lacking = [{name: t for name, t in expert.items() if name != "0.weight"} for expert in experts]
-    with pytest.raises(PCBError, match=r"adapt 0\.weight, because base and experts lack it"):
-        adamerge(base, part, lacking, [batch])
-    with pytest.raises(PCBError, match=r"adapt 1\.weight, because the model lacks it"):
-        adamerge(base[:1], base, experts, [batch])
+    others = [{f"module.{n}": t for n, t in e.items()} for e in (base.state_dict(), *experts)]
+    with pytest.raises(PCBError, match=r"other names \(0\.weight\) than those of base and experts"):
+        adamerge(base, others[0], others[1:], [batch])
+
+
+def test_parts_of_the_model_that_are_not_merged_stay(models):
+    """A head of a task's own, as in the paper, and what only the experts' files hold."""
+    base, experts = models
+    head = torch.nn.Linear(5, 3)
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    old = {"inv_freq": torch.ones(3)}  # of an older version, and no longer the model's
+    found = adamerge(
+        torch.nn.Sequential(*base, head).eval(),
+        {**base.state_dict(), **old},
+        [{**expert, **old} for expert in experts],
+        list(torch.randn(4, 16, 6)),
+        epochs=5,
+        density=0.6,
+    )
+    assert sum(found.entropies[-4:]) < sum(found.entropies[:4])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+    assert head.weight.grad is None
+    assert set(found.state_dict) == {*base.state_dict(), "inv_freq"}
 
 
 def test_a_start_may_be_a_whole_number_and_classes_masked_out(models):
@@ -193,12 +210,16 @@ def test_tied_weights_are_one_tensor(granularity):
     # A checkpoint without the head's name gives the same.
     again = adamerge(base, once[0], once[1:], batches, granularity, epochs=4, **chosen)
     assert again.entropies == found.entropies
+    # Copies under both names are one tensor to the model.
+    copies = [{n: t.clone() for n, t in m.state_dict().items()} for m in (base, *experts)]
+    found = adamerge(base, copies[0], copies[1:], batches, granularity, density=0.1)
+    assert torch.equal(found.state_dict["head.weight"], found.state_dict["embedding.weight"])
     # Equal values in two places are two tensors.
     apart = [Tied(seed, tied=False) for seed in range(3)]
     assert not contributions(apart[0], apart[1:]).tied
 
 
-def test_what_cannot_be_merged_is_told(models):
+def test_what_cannot_be_merged_is_told(models, caplog):
     base, experts = models
     state = {"w": torch.randn(4, 4), "q": torch.zeros(4, 4, dtype=torch.int8)}
     state["count"] = torch.tensor(0)
@@ -208,12 +229,18 @@ def test_what_cannot_be_merged_is_told(models):
         return [{**expert, "q": state["q"], **more}]
 
     contributions(state, changed())  # a counter may differ
+    mask = {"mask": torch.ones(4, 4).bool()}
+    contributions({**state, **mask}, changed(mask=torch.ones(4, 4, dtype=torch.uint8)))
+    contributions({**state, **mask, "ids": torch.arange(4)}, changed(ids=torch.arange(1, 5)))
+    with caplog.at_level("WARNING"):
+        assert set(contributions(state, changed(head=state["w"]))[0]) == {"w"}
+    assert "head, of expert 0, is left out: the base lacks it" in caplog.text
     generator = (one for one in changed())
     assert len(contributions(state, generator)) == 1
     for wrong, said in (
         ([expert], r"merge tensor q, because it is torch\.int8 .* and not the same, and task"),
         (changed(w=state["q"]), r"merge tensor w, because it is torch\.float32 in the base, torch"),
-        (changed(more=state["w"]), "merge tensor more, because the base lacks it"),
+        ([{"q": state["q"]}], "merge tensor w, because expert 0 lacks it"),
         (changed(w=state["w"].to("meta")), "merge tensor w, because it is on the device meta"),
         ([{"state_dict": state}], "state_dict is a dict and no tensor"),
     ):

@@ -64,6 +64,17 @@ def test_masks_of_old_models_are_no_obstacle(tmp_path, scope, dtype, masked):
         assert_equal_states(merged, whole_reference(states), base)
 
 
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_infinity_anywhere_else_is_an_error_also_if_all_models_hold_it(tmp_path, scope):
+    made = save_family(tmp_path / "models", tiny_llama(layers=1), tasks=2)
+    for path in made:
+        state = tensors(path)
+        state["model.norm.weight"][3] = torch.inf
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    config = configuration(made, parameters={"scope": scope})
+    assert "holds NaN or infinity in it" in refused(tmp_path, config)
+
+
 def test_a_vocabulary_that_differs_is_refused_before_measuring(tmp_path, family, monkeypatch):
     other = save_family(tmp_path / "other", tiny_llama(vocabulary=70), tasks=0)[0]
     config = configuration([*family[:2], other], parameters={"scope": "model"})
@@ -183,7 +194,7 @@ def test_an_out_dtype_too_narrow_for_a_value_is_refused(tmp_path, family):
     config = configuration(family, parameters=parameters, dtype="float32", out_dtype="float16")
     sentence = refused(tmp_path, config)
     assert "its values do not fit into torch.float16" in sentence
-    assert "choose a wider `out_dtype`" in sentence
+    assert "choose a wider dtype (`out_dtype`)" in sentence
     config = configuration(family, parameters=parameters, dtype="float32", out_dtype="bfloat16")
     merge(tmp_path / "wide", config)
 
@@ -239,11 +250,10 @@ def test_a_gpu_that_is_not_there_is_told_and_a_merge_on_one_can_be_checked(
 ):
     config = configuration(family, parameters={"refine": refine})
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
-    result = run("mergekit-yaml", tmp_path / "c.yml", tmp_path / "out", "--cuda", check=False)
-    assert result.returncode == 1
-    assert "Error: cannot merge on cuda, because torch" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+    for flag in ("--cuda", "--multi-gpu"):
+        sentence = refused(tmp_path, config, options=[flag])
+        assert sentence.startswith("Error: cannot merge on cuda")
+        assert not (tmp_path / "out").exists()
     checked = CliRunner().invoke(main, ["check", str(tmp_path / "c.yml"), "--cuda"])
     assert checked.exit_code == 0, checked.output
     assert "no mistakes found" in checked.output
@@ -264,3 +274,6 @@ def test_a_last_slice_of_more_models_than_the_first(tmp_path, family):
     assert f"of {models[1]}, because mergekit 0.1.5 loads it of as many models as" in sentence
     config["slices"] = [piece(0, *pieces[1]), piece(2, *pieces[0])]
     merge(tmp_path / "fits", config)
+    # The model that is left out may be the base.
+    config["slices"] = [piece(0, models[0], base), piece(2, models[0], models[1], base)]
+    assert f"of {base}, because mergekit 0.1.5 loads it of as many" in refused(tmp_path, config)

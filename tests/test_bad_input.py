@@ -17,11 +17,11 @@ import mergekit_pcb
 THREE_BEATS = re.compile(r"^Error: cannot [^;]+, because [^;]+; .+\.$", re.MULTILINE)
 
 
-def refused(tmp_path, config, command=mergekit_yaml):
+def refused(tmp_path, config, command=mergekit_yaml, options=()):
     """Run mergekit's own command on the configuration; its one-line complaint."""
     file = tmp_path / "config.yml"
     file.write_text(yaml.safe_dump(config))
-    result = CliRunner().invoke(command, [str(file), str(tmp_path / "out")])
+    result = CliRunner().invoke(command, [str(file), str(tmp_path / "out"), *options])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
     assert THREE_BEATS.search(result.output), result.output

@@ -447,6 +447,8 @@ models:
     [
         ({"OTHER": "technical"}, "no mistakes found"),
         ({"OTHER": "tehcnical"}, "tehcnical is no stage; did you mean technical?"),
+        ({"OTHER": "technica-l"}, "warning: stage last: models: technica-l is no stage; did you"),
+        ({"OTHER": "tech", "technical": "technical-tech"}, "no mistakes found"),
         ({"OTHER": "./nowhere"}, "error: stage last: models[0]: there is no ./nowhere"),
         ({"OTHER": "technical", "METHOD": "tise"}, "mergekit knows no tise; did you mean ties?"),
         ({"OTHER": "technical", "pcb": "linear", "METHOD": "ties"}, "no stage of it uses pcb"),

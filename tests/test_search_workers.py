@@ -274,6 +274,14 @@ def test_values_that_cannot_be_merged_are_trials_that_failed(place, monkeypatch)
     errors = [trial["error"] for trial in log_of(place / "best.search")]
     assert errors[1].startswith("the merge failed: cannot solve, because the matrix is large")
     assert errors == [None, errors[1], "the merge failed: CUDA out of memory", None]
+    # What lasts is no matter of values: the rest of the budget is kept for later.
+    asked.clear()
+    failing = {number: PCBError("read", "the disk is away", "mount it") for number in range(2, 9)}
+    assert "the disk is away; mount it" in refused(*arguments(*words, "--work", "third"))
+    assert len(log_of(place / "third")) == 4
+    failing = {}
+    assert invoked(*arguments(*words, "--work", "third")).exit_code == 0
+    assert len(log_of(place / "third")) == 6
     # Where the configuration itself cannot be merged, nothing is searched.
     asked.clear()
     failing = {1: PCBError("merge", "it is damaged", "repair it")}
@@ -428,7 +436,7 @@ def test_what_stands_beside_a_model_is_neither_overwritten_nor_taken_for_its_sco
     (place / "fails").touch()
     words += ["--work", "other"]
     said = [invoked(*arguments(*words, command=command, budget=n)).output for n in (1, 2)]
-    assert "expert0 could not be scored: the command exited with 3" in said[0]
+    assert "expert0 could not be scored, and is not tried again: the command" in said[0]
     assert "could not be scored" not in said[1]
     assert "expert0" not in (place / "best.front" / "front.md").read_text()
 

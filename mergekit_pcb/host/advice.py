@@ -18,8 +18,8 @@ from mergekit_pcb.host.parameters import density_remarks, ignored
 from mergekit_pcb.host.plan import Plan
 
 LOG = logging.getLogger(__name__)
-#: Of this process: which ignored parameters were named.
-_said: set[str] = set()
+#: Of this process: which ignored parameters were named, and of which models.
+_said: set[tuple[str, ...]] = set()
 
 # What old checkpoints hold of causal masks and positions.
 BUFFERS = (
@@ -35,14 +35,14 @@ BUFFERS = (
 def give(plan: Plan, configuration: BaseModel) -> None:
     """Log every remark, unless the tool that planned prints them itself.
 
-    What mergekit ignores is said once in a process: mergekit-evolve writes such parameters into
-    the configuration of every candidate.
+    What mergekit ignores is said once in a process of the same models: mergekit-evolve writes such
+    parameters into the configuration of every candidate.
     """
     if getattr(plan.options, "advise", True):
-        document = configuration.model_dump()
-        ignored_here = [one for one in ignored_in(document) if one not in _said]
-        _said.update(ignored_here)
-        for remark in (*ignored_here, *remarks(plan, document).values()):
+        document, models = configuration.model_dump(), (str(plan.base), *map(str, plan.models))
+        new = [one for one in ignored_in(document) if (one, *models) not in _said]
+        _said.update((one, *models) for one in new)
+        for remark in (*new, *remarks(plan, document).values()):
             LOG.warning(printable(remark))
 
 

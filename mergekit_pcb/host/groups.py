@@ -16,6 +16,9 @@ from mergekit_pcb.core.solve import NotSolvableError
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 
+#: End of the names of numbers that old checkpoints hold for their masks, infinite in float16.
+CONSTANT = ".masked_bias"
+
 
 def aligned(group: TensorGroup) -> Aligned:
     """Flatten a group's tensors, all of one shape, dtype and device; the base has to be there."""
@@ -62,7 +65,8 @@ def refuse_beyond(dtype: torch.dtype | None, merged: torch.Tensor, name: str) ->
     if dtype is None or not (dtype.is_floating_point and merged.is_floating_point()):
         return
     largest = torch.finfo(dtype).max
-    if torch.finfo(merged.dtype).max > largest and merged.numel():
+    # bfloat16 ends where float32 does, but for its last digits.
+    if torch.finfo(merged.dtype).max > 1.01 * largest and merged.numel():
         # Casting keeps the order of numbers.
         extremes = torch.stack(merged.aminmax())
         if extremes.isfinite().all() and not extremes.to(dtype).float().isfinite().all():
@@ -73,7 +77,7 @@ def beyond(dtype: torch.dtype, name: str) -> PCBError:
     return PCBError(
         f"store tensor {name}",
         f"its values do not fit into {dtype}",
-        "lower lambda or the weights, or choose a wider `out_dtype`",
+        "lower lambda or the weights, or choose a wider dtype (`out_dtype`)",
     )
 
 

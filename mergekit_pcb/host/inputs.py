@@ -23,13 +23,11 @@ from mergekit.tokenizer import TokenizerInfo
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import damage
-from mergekit_pcb.host.groups import aligned, check_shapes
+from mergekit_pcb.host.groups import CONSTANT, aligned, check_shapes
 from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.plan import Plan
 
 Tensors = Mapping[Any, torch.Tensor | None]
-#: End of the names of numbers that old checkpoints hold for their masks, infinite in float16.
-CONSTANT = ".masked_bias"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -101,7 +99,7 @@ class Inputs:
         rest, obstacle = [], None
         for task, tensors in self.shapes():
             name, present = task.output_weight.name, _present(tensors)
-            constant = name.endswith(CONSTANT)
+            constant = self._is_infinite(name, present)
             try:
                 refuse_unmergeable(task, group_of(task, tensors))
             except PCBError as error:
@@ -121,10 +119,17 @@ class Inputs:
         present = _present(tensors)
         return (
             len(present) == len(task.model_order)
-            and not task.output_weight.name.endswith(CONSTANT)
+            and not self._is_infinite(task.output_weight.name, present)
             and all(tensor.is_floating_point() for tensor in present)
             and len({tensor.shape for tensor in present}) == 1
         )
+
+    def _is_infinite(self, name: str, present: Sequence[torch.Tensor]) -> bool:
+        """Whether it is a constant of a mask, one number, that is infinite as it is merged."""
+        if not name.endswith(CONSTANT):
+            return False
+        cast = self.plan.dtype
+        return not all(bool(tensor.to(cast or tensor.dtype).isfinite().all()) for tensor in present)
 
     def _load(
         self, loads: Sequence[Any], device: torch.device

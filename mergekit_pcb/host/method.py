@@ -34,7 +34,7 @@ from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.groups import aligned, beyond, check_shapes, explained_for, name_of
+from mergekit_pcb.host.groups import CONSTANT, aligned, beyond, check_shapes, explained_for, name_of
 from mergekit_pcb.host.kinds import Kind, assumed, fitted, layout_of, unrefined
 from mergekit_pcb.host.parameters import (
     PARAMETERS,
@@ -195,7 +195,7 @@ class PCBMerge(GroupMergeMethod):
             try:
                 prepared = prepare(group, parameters)
             except NotFiniteError:
-                if not _same_in_all(group):
+                if not _is_constant(group):
                     raise
                 constant: torch.Tensor = group.entries[0].tensor  # such as a mask's infinity
                 return constant.clone()
@@ -255,9 +255,10 @@ def in_memory(
     ]
 
 
-def _same_in_all(group: TensorGroup) -> bool:
+def _is_constant(group: TensorGroup) -> bool:
+    """Whether it is a mask's constant, which may be infinite; other tensors may not."""
     first, *others = group.tensors
-    return all(torch.equal(first, other) for other in others)
+    return name_of(group).endswith(CONSTANT) and all(torch.equal(first, other) for other in others)
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -88,7 +88,10 @@ class Plan:
     def device(self) -> torch.device:
         """Where the merge computes; of several accelerators the first."""
         if self.options.multi_gpu:
-            return torch.device(get_torch_accelerator_type(), 0)
+            try:
+                return torch.device(get_torch_accelerator_type(), 0)
+            except AttributeError:  # a build of torch for none
+                return torch.device("cuda", 0)
         return torch.device(self.options.device)
 
     @property
@@ -158,7 +161,7 @@ class Plan:
         slice, and as many of them as the first one has.
         """
         for task in self.tasks:
-            if left := [model for model in models_of(task) if model not in task.input_parameters]:
+            if left := [model for model in task.model_order if model not in task.input_parameters]:
                 raise PCBError(
                     f"merge {task.output_weight.name} of {left[0]}",
                     "mergekit 0.1.5 loads it of as many models as the first slice has, and the "

@@ -146,7 +146,9 @@ def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
     with damage.named(named_models(document)):
         try:
             targets = _targets(document, options)
-        except KeyError as error:  # of a module, say, that the architecture has not
+        except KeyError as error:
+            if error.args[0] not in (document.get("modules") or {}):
+                raise
             what = f"mergekit finds no {error} in what it knows of these models"
             raise PCBError("plan this merge", what, "correct that name") from None
     nodes = [target.tensor_task for target in targets if isinstance(target, SaveTensor)]

@@ -34,7 +34,6 @@ class File(_Strict):
     size: NonNegativeInt
     #: What the system knows it by; a file of which all of it is the same is not read again to
     #: compare. Times alone would not do: archives and stores give all files the same.
-    device: int
     inode: int
     modified_ns: int
     changed_ns: int
@@ -68,7 +67,8 @@ class Checkpoint(_Strict):
     def is_still(self, files: Sequence[pathlib.Path]) -> bool:
         if {path.name for path in files} != set(self.files):
             return False
-        return all(self.files[path.name].is_still(path) for path in files)
+        with ThreadPoolExecutor() as pool:
+            return all(pool.map(lambda path: self.files[path.name].is_still(path), files))
 
 
 class Task(Checkpoint):
@@ -251,7 +251,6 @@ def mark(path: pathlib.Path) -> dict[str, int]:
     status = path.stat()
     return {
         "size": status.st_size,
-        "device": status.st_dev,
         "inode": status.st_ino,
         "modified_ns": status.st_mtime_ns,
         "changed_ns": status.st_ctime_ns,

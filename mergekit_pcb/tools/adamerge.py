@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.state_dicts import Model, StateDict, combine, contributions
+from mergekit_pcb.state_dicts import Contributions, Model, StateDict, combine, contributions
 
 # As in the released AdaMerging.
 BETAS = (0.9, 0.999)
@@ -52,7 +52,8 @@ def adamerge(
 
     ``model`` is called with each of ``batches`` (a mapping as keywords, a tuple as arguments,
     else as the one argument) and returns logits ``[..., classes]`` or an object with ``logits``;
-    its own values are not used and not changed. ``granularity`` is one coefficient per expert,
+    its own values are not changed, and used only for what is not merged, such as a task's head.
+    ``granularity`` is one coefficient per expert,
     or one per expert and tensor, which the paper calls layer-wise. All start at ``start``;
     Adam takes one step per batch, ``epochs`` times over. ``parameters`` are those of
     :func:`~mergekit_pcb.state_dicts.contributions`.
@@ -72,7 +73,8 @@ def adamerge(
             "adapt the coefficients", "there are no batches", "give unlabelled inputs (a list)"
         )
     parts = contributions(base, experts, **parameters)
-    _refuse_other_names(model, base.state_dict() if isinstance(base, torch.nn.Module) else base)
+    _refuse_other_names(model, parts)
+    tied = _tied_in(model)
     start = float(start)
     device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
     coefficients: torch.Tensor | dict[str, torch.Tensor]
@@ -91,11 +93,19 @@ def adamerge(
     entropies: list[float] = []
     learnable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     steps = [batch for _ in range(epochs) for batch in kept]
+
+    def merge() -> StateDict:
+        found = combine(base, parts, coefficients, scale)
+        # Copies under several names are one tensor to the model, whatever base and experts hold.
+        both = {n: first for n, first in tied.items() if n in found and first in found}
+        return found | {name: found[first] for name, first in both.items()}
+
     for batch in tqdm(steps, desc="AdaMerging", disable=True if quiet else None):
         merged = {
             # torch has no gradients towards running averages, and a model may count its batches.
             name: tensor if name in learnable else tensor.detach().clone()
-            for name, tensor in combine(base, parts, coefficients, scale).items()
+            for name, tensor in merge().items()
+            if not name.endswith("_extra_state")
         }
         loss = _entropy(_logits(torch.func.functional_call(model, merged, *_call(batch))))
         if not loss.isfinite():
@@ -105,11 +115,11 @@ def adamerge(
                 "lower learning_rate or start",
             )
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(inputs=trained)  # type: ignore[no-untyped-call]
         optimiser.step()
         entropies.append(float(loss.detach()))
     with torch.no_grad():
-        merged = combine(base, parts, coefficients, scale)
+        merged = merge()
     found: torch.Tensor | dict[str, torch.Tensor]
     if isinstance(coefficients, Mapping):
         found = {name: row.detach() for name, row in coefficients.items()}
@@ -118,23 +128,26 @@ def adamerge(
     return Adapted(found, merged, entropies)
 
 
-def _refuse_other_names(model: torch.nn.Module, merged: Mapping[str, torch.Tensor]) -> None:
-    """Raise :class:`PCBError` unless every tensor of the model is given a merged one."""
-    own = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    # A head that is tied to an embedding needs no name of its own.
-    given = {tensor.data_ptr() for name, tensor in own.items() if name in merged}
-    missing = [n for n, t in own.items() if n not in merged and t.data_ptr() not in given]
-    for name, lacks in (
-        *((name, "base and experts lack it") for name in missing),
-        *((name, "the model lacks it") for name in merged if name not in own),
-    ):
-        if name.endswith("_extra_state"):
-            continue
+def _refuse_other_names(model: torch.nn.Module, parts: Contributions) -> None:
+    """Raise :class:`PCBError` where nothing of the model is merged: it is named otherwise."""
+    own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if parts[0] and not parts[0].keys() & set(own):
         raise PCBError(
-            f"adapt {name}",
-            lacks,
+            f"adapt {type(model).__name__}",
+            f"its parameters have other names ({own[0] if own else 'none'}) than those of base and "
+            f"experts ({next(iter(parts[0]))})",
             "give base and experts of the model's own kind (wrapped alike, if it is wrapped)",
         )
+
+
+def _tied_in(model: torch.nn.Module) -> dict[str, str]:
+    """Further names of a model's parameters, with the first name of each."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) != name:
+            found[name] = known
+    return found
 
 
 def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

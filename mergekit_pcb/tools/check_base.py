@@ -19,6 +19,8 @@ from mergekit_pcb.host.plan import Plan
 
 #: Bytes that are read at most, of all inputs together.
 BUDGET = 256 * 2**20
+#: Elements that are looked at together.
+PIECE = 1 << 20
 #: Tensors that are looked at, spread over the model.
 TENSORS = 8
 #: Cosine of two task vectors from which on more of them is shared than is their own.
@@ -96,9 +98,12 @@ def _products(tensors: Iterator[Aligned]) -> torch.Tensor | None:
     """Inner products of the base and all task vectors, summed over tensors."""
     total = None
     for tensor in tensors:
-        base = tensor.base.double()
-        rows = torch.stack([base, *(task.double() - base for task in tensor.tasks)])
-        total = rows @ rows.T if total is None else total + rows @ rows.T
+        for start in range(0, len(tensor), PIECE):
+            base, *tasks = (
+                flat[start : start + PIECE].double() for flat in (tensor.base, *tensor.tasks)
+            )
+            rows = torch.stack([base, *(task - base for task in tasks)])
+            total = rows @ rows.T if total is None else total + rows @ rows.T
     return total if total is not None and total.isfinite().all() else None
 
 

@@ -128,9 +128,11 @@ def check_names(report: Findings, documents: Sequence[Any]) -> None:
         prefix = f"stage {part.get('name') or number}: "
         check_paths(report, part, prefix)
         for model in named_models(part):
-            near = difflib.get_close_matches(model, names, n=1, cutoff=0.8)
-            if near and model not in names and not pathlib.Path(model).exists():
-                report.error(f"{prefix}models", f"{model} is no stage; did you mean {near[0]}?")
+            if model in names or "/" in model or pathlib.Path(model).exists():
+                continue
+            for near in difflib.get_close_matches(model, names, n=1, cutoff=0.8):
+                if not (near.startswith(model) or model.startswith(near)):  # named after its base
+                    report.warn(f"{prefix}models", f"{model} is no stage; did you mean {near}?")
 
 
 def check_paths(report: Findings, document: dict[str, Any], prefix: str = "") -> None:

@@ -235,7 +235,7 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
                     _copy(pathlib.Path(name), folder)
                 known[name] = scorer(folder, card)
             except EvaluationError as error:
-                tqdm.write(f"{name} could not be scored: {error}")
+                tqdm.write(f"{name} could not be scored, and is not tried again: {error}")
                 known[name] = None
             finally:
                 remove_model(folder)
@@ -252,12 +252,15 @@ def _copy(model: pathlib.Path, folder: pathlib.Path) -> None:
     """
     folder.mkdir()
     for file in sorted(model.resolve().iterdir()):
-        if file.is_dir() and not file.is_symlink():
-            _copy(file, folder / file.name)
-        elif file.is_file() and file.suffix not in WEIGHTS and file.stat().st_size <= LARGEST_COPY:
+        link = folder / file.name
+        small = file.is_file() and file.suffix not in WEIGHTS
+        if file.is_dir() and not file.is_symlink() and os.access(file, os.R_OK | os.X_OK):
+            if not folder.resolve().is_relative_to(file):  # the search's own, in a model
+                _copy(file, link)
+        elif small and file.stat().st_size <= LARGEST_COPY and os.access(file, os.R_OK):
             shutil.copy2(file, folder)
         else:
-            (folder / file.name).symlink_to(file)
+            link.symlink_to(file)
 
 
 def _cards(job: Job) -> list[dict[str, str]]:

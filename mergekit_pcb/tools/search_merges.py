@@ -29,7 +29,7 @@ from mergekit_pcb.core.vectors import promoted, working_dtype
 from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.files import size, write_text
 from mergekit_pcb.host import planning
-from mergekit_pcb.host.groups import explained
+from mergekit_pcb.host.groups import explained, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs
 from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.plan import PlanOptions
@@ -38,6 +38,9 @@ from mergekit_pcb.tools.check_text import dtype_of
 from mergekit_pcb.tools.search_job import Job, configured
 from mergekit_pcb.tools.search_space import EvaluationError, Shared
 from mergekit_pcb.tools.search_storage import CONTRIBUTIONS, FORMAT, MERGED
+
+#: So many merges may fail one after another; then it is not their values.
+IN_A_ROW = 3
 
 
 @contextlib.contextmanager
@@ -64,6 +67,7 @@ class Merges:
         self._skeleton, self._parts = job.folder / MERGED, job.folder / CONTRIBUTIONS
         self._merging = threading.Lock()  # mergekit's commands merge one model at a time
         self._told = False  # what a trial takes
+        self._failures = 0  # merges that failed since one did not
 
     def prepare(self) -> None:
         """Compute what each task contributes, unless another worker has; it is waited for."""
@@ -102,17 +106,25 @@ class Merges:
             folder.parent.mkdir(exist_ok=True)
             if self._job.linear:
                 scale = shared.get("lambda")
-                self._sum(weights, None if scale is None else float(scale), folder)
+                with self._failing_alone(start):
+                    self._sum(weights, None if scale is None else float(scale), folder)
             else:
                 changed = configured(self._job.configuration, weights, shared)
-                with self._merging:
-                    try:
-                        self._merge(changed, folder, self._options)
-                    except (PCBError, RuntimeError, ValueError) as error:
-                        if start:
-                            raise
-                        raise EvaluationError(f"the merge failed: {one_line(error)}") from None
+                with self._merging, self._failing_alone(start):
+                    self._merge(changed, folder, self._options)
         return folder
+
+    @contextlib.contextmanager
+    def _failing_alone(self, start: bool) -> Iterator[None]:
+        """Let values that cannot be merged fail, and everything if several do one after another."""
+        try:
+            yield
+        except (PCBError, RuntimeError, ValueError) as error:
+            self._failures += 1
+            if start or self._failures > IN_A_ROW:
+                raise
+            raise EvaluationError(f"the merge failed: {one_line(error)}") from None
+        self._failures = 0
 
     def clean(self) -> None:
         """Remove the large files; the trials' scores stay."""
@@ -233,6 +245,7 @@ class Merges:
                     with explained(None, "the base", []):
                         summed, evened = apply(step, summed, name), evened + step.layout.count
                 value.add_(summed, alpha=factor)
+                refuse_beyond(state[name].dtype, value, name)
                 state[name] = value.to(state[name].dtype).view(state[name].shape)
             save_file(state, folder / file.name, metadata=metadata)
         if evened and not self._told:

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.tools.search_space import EvaluationError, finite
@@ -121,7 +122,7 @@ class Scorer:
         self._turns = turns if shared else None
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = self._told = False
 
     @property
     def names(self) -> list[str]:
@@ -153,6 +154,9 @@ class Scorer:
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=WAIT)
                 break
+            if not self._told:
+                self._told = True
+                tqdm.write("another worker writes a score to the same file; waiting for it")
             if self._stopped:
                 raise EvaluationError("the search was stopped")
         try:

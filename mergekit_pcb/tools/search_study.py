@@ -258,9 +258,12 @@ class Study:
         kept = {self._folder(number).name for number in alive}
         with contextlib.suppress(FileNotFoundError):
             for path in (self._job.folder / TRIALS).iterdir():
-                if re.match(r"\d*", path.name)[0] not in kept:  # type: ignore[index]
-                    remove_model(path)
-                    if not path.is_dir():
+                number = re.match(r"\d+", path.name)
+                if number is None or number[0] in kept:
+                    continue
+                remove_model(path)
+                if not path.is_dir():
+                    with contextlib.suppress(OSError):  # of a network's file system, still open
                         path.unlink(missing_ok=True)
 
 
