@@ -8,7 +8,7 @@ spectrum that is evened is no sum: it is a step after it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,20 +247,24 @@ def _refuse_other_tensors(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
 
 def _tied(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, str]:
     """Further names of tensors that are one and the same in every model, with the first name."""
-    first: dict[Any, str] = {}
-    found = {}
+    places = {}
     for name in states[0]:
         tensors = [state[name] for state in states if name in state]
         if len(tensors) == len(states) and all(
             tensor.numel() and tensor.layout == torch.strided for tensor in tensors
         ):
-            places = tuple(
+            places[name] = tuple(
                 (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
                 for tensor in tensors
             )
-            if (known := first.setdefault(places, name)) != name:
-                found[name] = known
-    return found
+    return further_names(places)
+
+
+def further_names(places: Mapping[str, Hashable]) -> dict[str, str]:
+    """Names that mean what an earlier name means, with the first such name."""
+    first: dict[Hashable, str] = {}
+    named = {name: first.setdefault(place, name) for name, place in places.items()}
+    return {name: known for name, known in named.items() if known != name}
 
 
 def _refuse_other_base(base: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> None:

@@ -46,19 +46,25 @@ def give(plan: Plan, configuration: BaseModel) -> None:
             LOG.warning(printable(remark))
 
 
-def ignored_in(part: Any) -> Iterator[str]:
+def ignored_in(document: Any) -> Iterator[str]:
     """Parameters, anywhere in a configuration, that mergekit ignores without a word."""
-    if isinstance(part, dict):
+    for part in _parts(document):
         model = part.get("model")
         for name in part.get("parameters") or ():
             if wrong := ignored(name, per_model=model is not None):
                 yield f"{model}: {wrong}" if model else wrong
+
+
+def _parts(part: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping of a configuration that parameters may stand in, from the outside in."""
+    if isinstance(part, dict):
+        yield part
         for name, inner in part.items():
             if name != "parameters":
-                yield from ignored_in(inner)
+                yield from _parts(inner)
     elif isinstance(part, (list, tuple)):
         for inner in part:
-            yield from ignored_in(inner)
+            yield from _parts(inner)
 
 
 def remarks(plan: Plan, document: Any) -> dict[str, str]:
@@ -76,21 +82,15 @@ def remarks(plan: Plan, document: Any) -> dict[str, str]:
     return {**found, **refined.remarks(plan)}
 
 
-def _gradients(part: Any) -> Iterator[str]:
+def _gradients(document: Any) -> Iterator[str]:
     """Names of the parameters, anywhere in a configuration, that have a value for each layer."""
-    if isinstance(part, dict):
+    for part in _parts(document):
         for name, value in (part.get("parameters") or {}).items():
             values = [value]
             if isinstance(value, list) and all(isinstance(one, dict) for one in value):
                 values = [one.get("value") for one in value]
             if any(isinstance(one, list) and len(one) > 1 for one in values):
                 yield name
-        for name, inner in part.items():
-            if name != "parameters":
-                yield from _gradients(inner)
-    elif isinstance(part, (list, tuple)):
-        for inner in part:
-            yield from _gradients(inner)
 
 
 def _seed_remark(plan: Plan) -> str:

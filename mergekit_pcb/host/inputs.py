@@ -99,11 +99,12 @@ class Inputs:
         rest, obstacle = [], None
         for task, tensors in self.shapes():
             name, present = task.output_weight.name, _present(tensors)
-            constant = self._is_infinite(name, present)
             try:
                 refuse_unmergeable(task, group_of(task, tensors))
             except PCBError as error:
                 obstacle = obstacle or error
+            if self._is_infinite(name, present):
+                continue
             if self._takes_part(task, tensors):
                 sizes[name] = Size(
                     present[0].numel(),
@@ -111,7 +112,7 @@ class Inputs:
                     sum(tensor.nbytes for tensor in present),
                     any(tensor.dtype == torch.float64 for tensor in present),
                 )
-            elif all(tensor.is_floating_point() for tensor in present) and not constant:
+            elif all(tensor.is_floating_point() for tensor in present):
                 rest.append(name)
         return sizes, rest, obstacle
 
@@ -119,7 +120,6 @@ class Inputs:
         present = _present(tensors)
         return (
             len(present) == len(task.model_order)
-            and not self._is_infinite(task.output_weight.name, present)
             and all(tensor.is_floating_point() for tensor in present)
             and len({tensor.shape for tensor in present}) == 1
         )

@@ -15,7 +15,14 @@ import torch
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.state_dicts import Contributions, Model, StateDict, combine, contributions
+from mergekit_pcb.state_dicts import (
+    Contributions,
+    Model,
+    StateDict,
+    combine,
+    contributions,
+    further_names,
+)
 
 # As in the released AdaMerging.
 BETAS = (0.9, 0.999)
@@ -73,8 +80,9 @@ def adamerge(
             "adapt the coefficients", "there are no batches", "give unlabelled inputs (a list)"
         )
     parts = contributions(base, experts, **parameters)
-    _refuse_other_names(model, parts)
-    tied = _tied_in(model)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    _refuse_other_names(model, list(own), parts)
+    tied = further_names({name: id(parameter) for name, parameter in own.items()})
     start = float(start)
     device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
     coefficients: torch.Tensor | dict[str, torch.Tensor]
@@ -91,7 +99,6 @@ def adamerge(
         coefficients |= {name: coefficients[first] for name, first in parts.tied.items()}
     optimiser = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
     entropies: list[float] = []
-    learnable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     steps = [batch for _ in range(epochs) for batch in kept]
 
     def merge() -> StateDict:
@@ -103,7 +110,7 @@ def adamerge(
     for batch in tqdm(steps, desc="AdaMerging", disable=True if quiet else None):
         merged = {
             # torch has no gradients towards running averages, and a model may count its batches.
-            name: tensor if name in learnable else tensor.detach().clone()
+            name: tensor if name in own else tensor.detach().clone()
             for name, tensor in merge().items()
             if not name.endswith("_extra_state")
         }
@@ -128,9 +135,8 @@ def adamerge(
     return Adapted(found, merged, entropies)
 
 
-def _refuse_other_names(model: torch.nn.Module, parts: Contributions) -> None:
+def _refuse_other_names(model: torch.nn.Module, own: Sequence[str], parts: Contributions) -> None:
     """Raise :class:`PCBError` where nothing of the model is merged: it is named otherwise."""
-    own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if parts[0] and not parts[0].keys() & set(own):
         raise PCBError(
             f"adapt {type(model).__name__}",
@@ -138,16 +144,6 @@ def _refuse_other_names(model: torch.nn.Module, parts: Contributions) -> None:
             f"experts ({next(iter(parts[0]))})",
             "give base and experts of the model's own kind (wrapped alike, if it is wrapped)",
         )
-
-
-def _tied_in(model: torch.nn.Module) -> dict[str, str]:
-    """Further names of a model's parameters, with the first name of each."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (known := first.setdefault(id(parameter), name)) != name:
-            found[name] = known
-    return found
 
 
 def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

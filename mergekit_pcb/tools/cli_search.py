@@ -152,7 +152,7 @@ def search(
         said = f"{len(result.front)} configurations that none beats in every score"
         click.echo(f"{output.with_suffix('.front')}: {said}")
     else:
-        (first,) = [trial.score for trial in found.trials if trial.trial == 1] or [None]
+        first = next((trial.score for trial in found.trials if trial.trial == 1), None)
         began = "failed" if first is None else f"{first:g}"
         click.echo(f"{output}: score {best.score:g} in trial {best.trial} (the start: {began})")
     for file in result.written:

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import click
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
@@ -32,7 +31,7 @@ from mergekit_pcb.tools.search_job import Job, configured, space_of
 from mergekit_pcb.tools.search_merges import Merges, written
 from mergekit_pcb.tools.search_scores import Scorer, remove_model
 from mergekit_pcb.tools.search_space import EvaluationError, Found, Trial, require_optuna
-from mergekit_pcb.tools.search_storage import REFERENCE, SCORING
+from mergekit_pcb.tools.search_storage import REFERENCE, SCORING, held
 from mergekit_pcb.tools.search_study import Claim, Study
 
 Result = TypeVar("Result")
@@ -213,13 +212,8 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
     One that cannot be scored is not tried again.
     """
     folder, names = job.folder / REFERENCE, list(named_models(job.configuration))
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        tqdm.write("another process scores the base and the experts; waiting for it")
-        lock.acquire()
-    try:
+    waiting = "another process scores the base and the experts; waiting for it"
+    with held(folder.with_suffix(".lock"), waiting):
         with study.alone():
             known: dict[str, Any] = dict(study.optuna_study.user_attrs.get(REFERENCES, {}))
         for number, name in enumerate(names, 1):
@@ -241,8 +235,6 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
                 remove_model(folder)
             with study.alone():
                 study.optuna_study.set_user_attr(REFERENCES, known)
-    finally:
-        lock.release()
 
 
 def _copy(model: pathlib.Path, folder: pathlib.Path) -> None:

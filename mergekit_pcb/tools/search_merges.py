@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ from mergekit_pcb.host.statistics_file import digest
 from mergekit_pcb.tools.check_text import dtype_of
 from mergekit_pcb.tools.search_job import Job, configured
 from mergekit_pcb.tools.search_space import EvaluationError, Shared
-from mergekit_pcb.tools.search_storage import CONTRIBUTIONS, FORMAT, MERGED
+from mergekit_pcb.tools.search_storage import CONTRIBUTIONS, FORMAT, MERGED, held
 
 #: So many merges may fail one after another; then it is not their values.
 IN_A_ROW = 3
@@ -74,13 +73,8 @@ class Merges:
         if not self._job.linear:
             self._refuse_without_room(measured=True)
             return
-        lock = FileLock(self._job.folder / "measuring")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            tqdm.write("another process computes the contributions; waiting for it")
-            lock.acquire()
-        try:
+        waiting = "another process computes the contributions; waiting for it"
+        with held(self._job.folder / "measuring", waiting):
             whole = self._stored_whole()
             self._refuse_without_room(measured=whole)
             if not whole:
@@ -90,8 +84,6 @@ class Merges:
                     except BaseException:
                         self.clean()
                         raise
-        finally:
-            lock.release()
 
     def trial(
         self, weights: Sequence[float], shared: Shared, folder: pathlib.Path, *, start: bool = False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
@@ -21,6 +24,21 @@ JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, SCORING, IDENTITY = 
 )  # fmt: skip
 _OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, f"{REFERENCE}.pid"}
 _OWN |= {"lock", "appending", "measuring", SCORING, IDENTITY}
+
+
+@contextlib.contextmanager
+def held(file: pathlib.Path, waiting: str) -> Iterator[None]:
+    """Hold a lock that another process may hold for long: then ``waiting`` is said."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tqdm.write(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def identity(folder: pathlib.Path) -> str:
