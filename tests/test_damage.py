@@ -513,7 +513,7 @@ def test_a_search_does_not_go_on_with_other_models(tmp_path, small):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--bounds", "-1e308", "1e308"], "bound nothing to search"),
+        (["--bounds", "weight", "-1e308", "1e308"], "bound nothing to search"),
         (["--seed", "-1"], "--seed"),
         (["--timeout", "0"], "--timeout"),
     ],

@@ -257,11 +257,22 @@ def test_weights_that_are_not_searched_stay_as_configured(place):
         ({"models": None}, [], "it is no `merge_method: pcb`"),
         ({"parameters": {"weight": [1, 2]}}, [], "gives it filters or a gradient"),
         ({"parameters": {"weight": 7}}, [], "it starts at 7, outside of 0.5 to 3"),
-        ({"parameters": {"density": 0.9}}, ["--search", "density"], "outside of 0.01 to 0.6"),
+        ({"parameters": {"density": 0.001}}, ["--search", "density"], "outside of 0.01 to 1"),
+        (
+            {"parameters": {"lambda": 0.4}},
+            ["--search", "lambda", "--bounds", "lambda", "0.5", "1"],
+            "outside of 0.5 to 1; start it within, or set other bounds of lambda",
+        ),
+        ({}, ["--bounds", "lambda", "0.2", "1"], "lambda is not searched; add --search lambda"),
+        (
+            {},
+            ["--search", "density", "--bounds", "density", "0.1", "2"],
+            "cannot use density: 2.0",
+        ),
         ({"base_model": "./nowhere"}, [], "cannot merge"),
         ({"parameters": ["weight"]}, [], "its parameters are no mapping"),
-        ({}, ["--bounds", "2", "1"], "2 and 1 bound nothing to search"),
-        ({}, ["--bounds", "0.5", "inf"], "0.5 and inf bound nothing to search"),
+        ({}, ["--bounds", "weight", "2", "1"], "2 and 1 bound nothing to search"),
+        ({}, ["--bounds", "weight", "0.5", "inf"], "0.5 and inf bound nothing to search"),
         ({}, ["--evaluate", "score"], "the command does not name the model"),
         ({}, ["-o", "/nowhere/best.yml"], "/nowhere is no folder to write to"),
     ],
@@ -416,10 +427,10 @@ def test_trials_stay_within_bounds_and_budget():
             raise EvaluationError("no")
         return sum(weights)
 
-    space = Space((0.9, 1.1), (("lambda", 1.0),), bounds=(0.8, 1.3))
+    space = Space((0.9, 1.1), (("lambda", 0.4),), {"weight": (0.8, 1.3), "lambda": (0.2, 0.9)})
     found = list(search(evaluate, space, 60))
     assert len(found) == len(tried) == 60
     assert all(0.8 <= w <= 1.3 for *weights, _ in tried for w in weights)
-    assert all(0.5 <= scale <= 2.5 for *_, scale in tried)
+    assert all(0.2 <= scale <= 0.9 for *_, scale in tried)
     assert [trial.error for trial in found[:3]] == [None, None, "no"]
     assert max(t.score for t in found[30:] if t.score) > 2.4  # it climbs towards 2.6

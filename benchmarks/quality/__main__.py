@@ -48,7 +48,7 @@ STORED = pathlib.Path(__file__).resolve().parent / "results"
 def main(
     tier: str, out: pathlib.Path, suites: tuple[str, ...], some: tuple[int, ...], jobs: int
 ) -> None:
-    """Run the quality benchmark; each suite of the full tier takes an hour or two of two cores."""
+    """Run the quality benchmark; a suite takes from half an hour to half a day of two cores."""
     chosen_tier = experiments.TIERS[tier]
     efforts = chosen_tier.efforts
     suites = suites or tuple(s for s in efforts if s in experiments.FROM_NOTHING) or tuple(efforts)

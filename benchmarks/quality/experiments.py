@@ -462,7 +462,7 @@ def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> C
     for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER) if budget else ():
         knobs = best[method.name]
         merged = _by_weights(suite, method, knobs)
-        space = Space((1.0,) * len(suite.experts), bounds=WEIGHTS)
+        space = Space((1.0,) * len(suite.experts), bounds={"weight": WEIGHTS})
 
         def score(
             weights: Sequence[float],

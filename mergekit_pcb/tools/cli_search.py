@@ -62,9 +62,16 @@ def _numbers(_: Any, __: Any, text: str | None) -> tuple[int, ...]:
     multiple=True,
     type=click.Choice(["weight", "lambda", "density", "anchor", "refine"]),
     default=("weight",),
-    help="What to search; may be given several times. Default: weight.",
+    help="What to search, in place of weight; may be given several times.",
 )
-@click.option("--bounds", type=float, nargs=2, default=(0.5, 3.0), help="Of weights: 0.5 3.0.")
+@click.option(
+    "--bounds",
+    multiple=True,
+    type=(click.Choice(["weight", "lambda", "density", "anchor"]), float, float),
+    metavar="NAME LOW HIGH",
+    help="Of what is searched, as in `lambda 0.2 1.5`. Default: weight 0.5 3, lambda 0.5 2.5, "
+    "density and anchor 0.01 1.",
+)
 @click.option("--minimize", is_flag=True, help="Lower scores are better.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Trials at a time. Default: 1.")
@@ -89,7 +96,7 @@ def search(
     budget: int,
     output: pathlib.Path,
     searched: tuple[str, ...],
-    bounds: tuple[float, float],
+    bounds: tuple[tuple[str, float, float], ...],
     minimize: bool,
     seed: int,
     jobs: int,
@@ -104,8 +111,8 @@ def search(
     CONFIG is for mergekit-yaml or mergekit-pytorch and where the search starts. Each trial's
     model is scored by COMMAND; use validation data, never the test set. Optuna keeps the trials:
     the same command goes on with a search that was stopped, or joins one that runs, also on
-    another machine that shares the folder. Stock mergekit runs the best configuration. Several
-    scores end in a folder of configurations, none of which another one beats in all of them.
+    another machine that shares the folder. Stock mergekit runs the best configuration. With several
+    scores the result is the Pareto front: OUTPUT.front, a folder of configurations, not one file.
     A trial is one weighted sum and, under `refine: solve` or `spectrum`, one decomposition per
     matrix; searching density, anchor or refine merges anew. Needs (n + 1) float32 copies of the
     model on disk for n tasks, the model itself, and one more for each job. OPTIONS are mergekit's.
@@ -123,7 +130,7 @@ def search(
         output,
         work or output.with_suffix(".search"),
         tuple(dict.fromkeys(searched)),
-        bounds,
+        {name: (low, high) for name, low, high in bounds},
         budget,
         seed,
         minimize,

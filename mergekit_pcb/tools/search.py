@@ -101,7 +101,7 @@ def search_weights(
     require_optuna()  # complain before the work
     parts = contributions(base, experts, **parameters)
     begin = [start] * len(parts) if isinstance(start, (int, float)) else list(start)
-    space = Space(tuple(map(float, begin)), bounds=bounds)
+    space = Space(tuple(map(float, begin)), bounds={"weight": bounds})
     places = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     asked = [p for p in signature(score).parameters.values() if p.kind in places]
     takes_trial = len([p for p in asked if p.default is Parameter.empty]) > 1

@@ -9,13 +9,14 @@ import math
 import pathlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.parameters import SPECS
 from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools.search_scores import Score
-from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Shared, Space
+from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Bounds, Shared, Space
 
 #: What can be searched beside the weights, and where it starts unless the configuration says.
 SHARED: dict[str, float | str] = {"lambda": 1.0, "density": 0.1, "anchor": 0.1, "refine": "none"}
@@ -39,7 +40,8 @@ class Job:
     output: pathlib.Path
     folder: pathlib.Path
     searched: tuple[str, ...] = ("weight",)
-    bounds: tuple[float, float] = BOUNDS["weight"]
+    #: Of what is searched; those of the others are the space's own.
+    bounds: Bounds = field(default_factory=dict)
     budget: int = 100
     seed: int = 0
     minimize: bool = False
@@ -60,10 +62,15 @@ class Job:
                 "the command does not name the model",
                 "write {model} where its path goes",
             )
-        low, high = self.bounds
-        if not (low < high and math.isfinite(high - low)):
-            what = f"{low:g} and {high:g} bound nothing to search"
-            raise PCBError("search", what, "give LOW HIGH, two numbers")
+        for name, (low, high) in self.bounds.items():
+            if name not in self.searched:
+                what = f"search {name} from {low:g} to {high:g}"
+                raise PCBError(what, f"{name} is not searched", f"add --search {name}")
+            if not (low < high and math.isfinite(high - low)):
+                what = f"{low:g} and {high:g} bound nothing to search"
+                raise PCBError(f"search {name}", what, "give NAME LOW HIGH, as in weight 0.5 3")
+            for end in (low, high):
+                SPECS[name].validate(end)
         if self.output.suffix in TAKEN:
             raise PCBError(
                 f"write the best configuration to {self.output}",
@@ -89,7 +96,9 @@ class Job:
 
     def digest(self) -> str:
         """Of everything that a log belongs to; a larger budget goes on with the same."""
-        told = [self.configuration, self.command, self.searched, self.bounds, self.seed]
+        bounds = {**BOUNDS, **self.bounds}
+        told = [self.configuration, self.command, self.searched, self.seed]
+        told += [{name: bounds[name] for name in self.searched if name in bounds}]
         told += [_files_of(name) for name in named_models(self.configuration)]
         told += [self.minimize, [str(score) for score in self.scores]]
         text = json.dumps(told, sort_keys=True, default=str)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,14 @@ from pydantic import BaseModel, ConfigDict
 
 from mergekit_pcb.errors import PCBError
 
+Bounds = Mapping[str, tuple[float, float]]
 #: The paper's bounds for language models (0.8 to 1.3 for vision), and ours for the others.
-BOUNDS = {"weight": (0.5, 3.0), "lambda": (0.5, 2.5), "density": (0.01, 0.6), "anchor": (0.01, 1.0)}
+BOUNDS: Bounds = {
+    "weight": (0.5, 3.0),
+    "lambda": (0.5, 2.5),
+    "density": (0.01, 1.0),
+    "anchor": (0.01, 1.0),
+}
 CHOICES = {"refine": ("none", "solve")}
 #: Standard deviation of the first trials, of the width of the bounds.
 STEP = 0.2
@@ -65,7 +71,8 @@ class Space:
 
     weights: tuple[float, ...]
     shared: tuple[tuple[str, float | str], ...] = ()
-    bounds: tuple[float, float] = BOUNDS["weight"]
+    #: Those that are not :data:`BOUNDS`.
+    bounds: Bounds = field(default_factory=dict)
 
     def start(self) -> Shared:
         """Every name that is searched, and the value of the first trial."""
@@ -78,13 +85,14 @@ class Space:
             if name in CHOICES:
                 found[name] = optuna.distributions.CategoricalDistribution(CHOICES[name])
                 continue
-            low, high = self.bounds if name.startswith("weight") else BOUNDS[name]
+            kind = name.split()[0]
+            low, high = {**BOUNDS, **self.bounds}[kind]
             if not low <= float(start) <= high:
                 what = name.replace("weight", "weight of model")
                 raise PCBError(
                     f"search the {what}",
                     f"it starts at {float(start):g}, outside of {low:g} to {high:g}",
-                    "start it within, or set other bounds",
+                    f"start it within, or set other bounds of {kind}",
                 )
             found[name] = optuna.distributions.FloatDistribution(low, high)
         return found
