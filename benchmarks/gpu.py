@@ -18,7 +18,6 @@ import torch
 from mergekit.merge_methods import merge_tensors
 
 from benchmarks.measuring import machine
-from mergekit_pcb.core.dare import Dare, Mask
 
 TASKS = 3
 WALKS = 3
@@ -63,13 +62,6 @@ def merge(tensors: list[torch.Tensor], method: str = "pcb", **more: float) -> to
     return merge_tensors(tensors, method, base_index=0, parameters=parameters)
 
 
-def kept(device: torch.device) -> torch.Tensor:
-    """Which of 2^24 elements DARE keeps, applied on a device."""
-    ones, start = torch.ones(1 << 24, device=device), 12345
-    mask = Mask(Dare(0.3, 0, 0), "w", start + len(ones))
-    return (mask.apply_(ones, start, torch.empty_like(ones)) != 0).cpu()
-
-
 @click.command()
 @click.option("--device", "device_name", default="cuda", show_default=True)
 @click.option("--elements", default=10**9, show_default=True)
@@ -100,16 +92,14 @@ def main(device_name: str, elements: int) -> None:
     for method in ("task_arithmetic", "ties"):
         other = seconds(lambda method=method: merge(share, method), device, runs=3)
         print(f"    {method:29s}{other * 1e3:10.2f} ms, pcb is {ours / other:.3f} of it")
-    same = torch.equal(kept(device), kept(torch.device("cpu")))
-    print(f"DARE's masks on CPU and {device.type} are {'the same' if same else 'DIFFERENT'}")
-    few = [tensor[: 1 << 24] for tensor in tensors]
-    here, there = merge([tensor.cpu().float() for tensor in few]), merge([t.float() for t in few])
-    delta = here - few[0].cpu().float()
-    difference = (there.cpu() - here).abs()
-    # A score beside the threshold may round to its other side; then an element changes wholly.
-    beyond = (difference > 1e-5 * delta.abs() + 1e-7 * here.abs()).double().mean()
-    print(f"CPU against {device.type}: {difference.norm() / delta.norm():.1e} of the delta's norm,")
-    print(f"{beyond:.1e} of the elements beyond float32 rounding")
+    few = [tensor[: 1 << 24].float() for tensor in tensors]
+    own = [tensor.cpu() for tensor in few]
+    for what, more in (("", {}), (", dare_density 0.5", {"dare_density": 0.5})):
+        here, there = merge(own, **more), merge(few, **more).cpu()
+        off = (there - here).norm() / (here - own[0]).norm()
+        differing = int((there.view(torch.int32) != here.view(torch.int32)).sum())
+        print(f"CPU against {device.type}{what}: {differing} of {len(here)} elements differ,")
+        print(f"by {off:.1e} of the delta's norm")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:  # Triton's interpreter runs its kernels; read when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+FLATTEN = vectors.Aligned.of
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: What is read: the README and every page of the documentation.
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,10 +41,10 @@ def pytest_configure(config):
 
     from mergekit_pcb.host.method import Prepared
 
-    flatten, merged, contributions = vectors.Aligned.of, Prepared.merged, Prepared.contributions
+    merged, contributions = Prepared.merged, Prepared.contributions
 
     def of(name, base, tasks):
-        return flatten(name, base.to(device), [task.to(device) for task in tasks])
+        return FLATTEN(name, base.to(device), [task.to(device) for task in tasks])
 
     def parts_of(prepared):
         parts, spectrum = contributions(prepared)
@@ -73,6 +74,14 @@ def pieces(size):
             for name in ("SMALLEST_PIECE", "LARGEST_PIECE"):
                 patch.setattr(fused, name, 10 * size)
             patch.setattr(threads, "KEPT_ELEMENTS", 4 * size)
+        yield
+
+
+@pytest.fixture
+def as_given():
+    """Tensors stay where a test puts them, with ``--device`` too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors.Aligned, "of", FLATTEN)
         yield
 
 

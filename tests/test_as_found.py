@@ -15,7 +15,7 @@ from test_plan import run_in_process
 from test_vocabulary import NEW, WORDS, paths  # noqa: F401 - a fixture
 from test_whole_model import assert_equal_states, whole_reference
 
-from mergekit_pcb.core import fused, ranks
+from mergekit_pcb.core import fused, ranks, vectors
 from mergekit_pcb.core.measure import Recipe, measure
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.host import advice, inputs, planning, whole_model
@@ -222,6 +222,7 @@ def test_what_mergekit_ignores_is_said_once_in_a_process(tmp_path, family, caplo
     assert sum("unknown parameter normalize" in text for text in said) == 1
 
 
+@pytest.mark.usefixtures("as_given")
 @pytest.mark.parametrize("clip", [0.0, 1e-4, 0.1])
 @pytest.mark.parametrize(("host", "most"), [("cpu", check.READS), ("none", check.READS_THERE)])
 def test_measuring_reads_as_often_as_check_says(monkeypatch, host, most, clip):
@@ -257,6 +258,18 @@ def test_a_gpu_that_is_not_there_is_told_and_a_merge_on_one_can_be_checked(
     checked = CliRunner().invoke(main, ["check", str(tmp_path / "c.yml"), "--cuda"])
     assert checked.exit_code == 0, checked.output
     assert "no mistakes found" in checked.output
+
+
+def test_what_a_merge_on_a_gpu_takes_is_counted_by_the_chunks_of_one(tmp_path, family, monkeypatch):
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(configuration(family)))
+    monkeypatch.setattr(vectors, "CPU_CHUNK_ELEMENTS", 1)
+    needs = [
+        json.loads(
+            CliRunner().invoke(main, ["check", "--json", str(tmp_path / "c.yml"), *more]).output
+        )["outlook"]["peak_bytes"]
+        for more in ([], ["--cuda"])
+    ]
+    assert needs[1] > 2 * needs[0]
 
 
 def test_a_last_slice_of_more_models_than_the_first(tmp_path, family):

@@ -37,7 +37,7 @@ from benchmarks.measuring import alternate_commands, run_command
         (
             "gpu",
             ["--device", "cpu", "--elements", "300000"],
-            r"floor / pcb +\d+\.\d+[\s\S]*are the same",
+            r"floor / pcb +\d+\.\d+[\s\S]*dare_density 0\.5: 0 of \d+ elements differ",
         ),
     ],
 )

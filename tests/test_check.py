@@ -249,6 +249,7 @@ def test_the_examples_texts_are_sound(tmp_path, monkeypatch, example):
     assert all(what.startswith("there is no ./") for _, _, what in found)
 
 
+@pytest.mark.usefixtures("as_given")
 def test_the_peak_is_about_what_a_merge_takes():
     from test_determinism import peak_bytes
     from test_properties import merge, models

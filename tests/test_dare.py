@@ -136,6 +136,16 @@ def test_bits_are_shifted_out_on_an_accelerator_as_numpy_unpacks_them(monkeypatc
     assert torch.equal(here, there)
 
 
+def test_a_sample_on_an_accelerator_draws_no_more_than_it_needs(monkeypatch):
+    count = PIECE_ELEMENTS + 1000
+    values, scratch = torch.ones(999), torch.empty(999)
+    expected = Mask(Dare(0.4, 0, 0), "w", count).apply_(values.clone(), 0, scratch)
+    monkeypatch.setattr(dare, "HOST", "none")
+    there = Mask(Dare(0.4, 0, 0), "w", count)
+    assert torch.equal(there.apply_first_(values, scratch), expected)
+    assert not there._windows
+
+
 def test_words_that_tie_are_told_apart_by_the_next():
     """At 2^-16 and a bit, every kept element was a tie or below one."""
     for density in (2**-16 + 2**-18, 2**-17):

@@ -281,6 +281,7 @@ def test_a_statistic_takes_counts_between_older_fences():
     assert statistic.settle() == 500.0
 
 
+@pytest.mark.usefixtures("as_given")
 def test_an_error_in_a_thread_ends_the_walk(monkeypatch):
     base, models = inputs(torch.float32, 400_000, 2)
     monkeypatch.setattr(fused, "LARGEST_PIECE", 1 << 13)

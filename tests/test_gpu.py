@@ -23,6 +23,7 @@ from mergekit_pcb.core.vectors import Aligned, Scratch
 pytest.importorskip("triton")
 from mergekit_pcb.core import gpu_kernels
 
+pytestmark = pytest.mark.usefixtures("as_given")
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 SLOW = pytest.mark.slow
@@ -292,7 +293,8 @@ class TestOnAGPU:
         assert results[0].keys() == results[1].keys()
         assert all(torch.equal(results[1][name], tensor) for name, tensor in results[0].items())
 
-    def test_measured_on_the_gpu_and_merged_on_the_cpu(self):
+    def test_measured_on_the_gpu_and_merged_on_the_cpu(self, monkeypatch):
+        monkeypatch.undo()
         base, models = inputs(torch.bfloat16, 300_000, 3)
         recipe = measure.Recipe.of([0.2] * 3, 1e-4, [0.5] * 3, 0, range(3))
         found = [

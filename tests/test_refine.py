@@ -226,6 +226,30 @@ def test_a_device_gets_products_by_whole_rows(monkeypatch):
     assert_close(at_once, merged, aligned.base, 1e-5)
 
 
+@pytest.mark.parametrize("asked", ["highest", "high"])
+def test_a_device_multiplies_without_tf32_whatever_torch_is_told(monkeypatch, asked):
+    matmul, seen = torch.backends.cuda.matmul, []
+
+    def look(_=None):
+        seen.append(matmul.fp32_precision)
+
+    monkeypatch.setattr(products, "HOST", "none")
+    torch.set_float32_matmul_precision(asked)
+    try:
+        before = matmul.fp32_precision
+        products._do(torch.device("cpu"), [look])
+        products.decomposed(look, torch.eye(2))
+        assert set(seen) <= {"none", "ieee"}
+        assert len(seen) == 2
+        assert matmul.fp32_precision == before
+        assert torch.get_float32_matmul_precision() == asked
+        with pytest.raises(ValueError, match="broken"), products._without_tf32():
+            raise ValueError("broken")
+        assert matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_threads_that_ask_together_share_a_pool_and_leave_torch_as_it_was():
     """What torch is told in one thread counts for those that have not begun, until told again."""
     count, seen = torch.get_num_threads(), []

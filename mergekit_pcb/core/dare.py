@@ -100,7 +100,17 @@ class Mask:
         like ``tau``, are lost. NaN and infinity become NaN even where dropped, so that no mask
         hides a broken checkpoint.
         """
-        packed, skipped = self.packed(start, len(tau))
+        return self._apply_(*self.packed(start, len(tau)), tau, scratch)
+
+    def apply_first_(self, tau: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """The same with the first bits, whichever elements ``tau`` holds: for a sample of them."""
+        if tau.device.type == HOST:  # which needs the bits around them too
+            return self.apply_(tau, 0, scratch)
+        return self._apply_(self._piece((0, len(tau))), 0, tau, scratch)
+
+    def _apply_(
+        self, packed: Any, skipped: int, tau: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
         unpack(packed, skipped, out=scratch)
         zero = _zero(tau.dtype, tau.device)
         return torch.addcmul(zero, tau, scratch, value=1 / self._dare.density, out=tau)

@@ -49,7 +49,7 @@ _KINDS = {torch.float32: "f4", torch.bfloat16: "u2", torch.float16: "i2"}
 def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
     """The tensor for compiled walks in this precision; ``None`` where there are none for it."""
     kind, device, chosen = aligned.base.dtype, aligned.base.device, os.environ.get(SWITCH)
-    loaded = (device.type, kind) in _ready
+    loaded = (str(device), kind) in _ready
     least = 1 if chosen == "1" else SMALLEST if loaded else WORTH_LOADING
     if device.type != "cpu":  # which keeps the values of short streams
         least = max(least, ranks.POOL_ELEMENTS + 1)
@@ -67,7 +67,7 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
     ):
         return None
     with current(device):  # where the compiled code is tried
-        loops = compiled(device.type, kind)
+        loops = compiled(str(device), kind)
     if loops is None:
         return None
     return Fused(aligned, loops) if device.type == "cpu" else OnGPU(aligned, loops)
@@ -76,6 +76,8 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
 @functools.cache
 def compiled(device: str, kind: torch.dtype) -> Any:
     """The compiled loops for checkpoints of a dtype; ``None``, and a warning, if there are none.
+
+    Each device of a machine is asked for by itself, for they may not be alike.
 
     All are tried on a few numbers first, so that a broken installation, or a folder that cannot be
     written to, is found here and not in the middle of a merge.
@@ -99,7 +101,7 @@ def compiled(device: str, kind: torch.dtype) -> Any:
         LOG.warning(
             "merging without compiled loops, more slowly and to the same bits, because %s did "
             "not give them (%s: %s); %s=0 says this is meant",
-            _COMPILERS[device],
+            _COMPILERS[torch.device(device).type],
             type(error).__name__,
             said,
             SWITCH,

@@ -29,7 +29,7 @@ from mergekit_pcb.core.formulas import (
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.sample import Sample
 from mergekit_pcb.core.threads import Open
-from mergekit_pcb.core.vectors import Aligned, Scratch, working_dtype
+from mergekit_pcb.core.vectors import Aligned, Scratch, chunk_elements, working_dtype
 
 #: Begins a new pass over the tensors of a scope.
 Pass = Callable[[], Iterable[Aligned]]
@@ -291,8 +291,17 @@ def _settle(
 def check_finite(aligned: Aligned) -> None:
     """Raise :class:`NotFiniteError` if an input of a tensor holds NaN or infinity."""
     for task, tensor in ((None, aligned.base), *enumerate(aligned.tasks)):
-        if not tensor.to(torch.float64).isfinite().all():
+        if not finite(tensor):
             raise NotFiniteError(aligned.name, task)
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are; a chunk at a time, for copies of a large tensor may not fit."""
+    for part in torch.split(tensor.reshape(-1), chunk_elements(tensor.device)):
+        values = part.float() if part.dtype.itemsize == 1 else part  # float8 has no isfinite
+        if not values.isfinite().all():
+            return False
+    return True
 
 
 def _finite(largest: float, aligned: Aligned) -> float:

@@ -8,11 +8,13 @@ there is its library's choice.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -28,6 +30,7 @@ DEVICE_ROWS = 4096
 # Threads of LAPACK's decompositions: more than there are cores would cost twice the time.
 DECOMPOSING = 2
 T = TypeVar("T")
+_precision = threading.Lock()
 
 
 def add_product_(
@@ -92,7 +95,8 @@ def divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
 def decomposed(function: Callable[[torch.Tensor], T], matrix: torch.Tensor) -> T:
     """What a function that is LAPACK's makes of a matrix. Raises what it raises."""
     if matrix.device.type != HOST:
-        return function(matrix)
+        with _without_tf32():
+            return function(matrix)
     return _begun(pools.of(1, DECOMPOSING), functools.partial(function, matrix)).result()
 
 
@@ -144,8 +148,9 @@ def _slices(length: int, size: int) -> list[slice]:
 def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
     """Do what does not depend on one another, on the host each by a thread that works alone."""
     if device.type != HOST:
-        for job in jobs:
-            job()
+        with _without_tf32():
+            for job in jobs:
+                job()
         return
     workers = pools.of(torch.get_num_threads(), 1)
     begun: list[Future[object]] = []
@@ -159,6 +164,25 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         raise
     for one in begun:
         one.result()
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Have a GPU multiply float32 as such, whatever torch was told: TF32 keeps three digits."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = "fp32_precision", cast("Any", "ieee")
+    if not hasattr(matmul, name):  # before torch 2.9
+        name, exact = "allow_tf32", False
+    asked = getattr(matmul, name)
+    if asked in (exact, "none"):
+        yield
+        return
+    with _precision:  # it is one setting for all threads
+        setattr(matmul, name, exact)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, asked)
 
 
 def _begun(workers: ThreadPoolExecutor, job: Callable[[], T]) -> Future[T]:

@@ -56,7 +56,7 @@ class Sample:
         for tau, mask in zip(taken, aligned.masks, strict=True):
             if mask is not None and len(tau):
                 # The first bits instead of their own: drawing those would be drawing all.
-                mask.apply_(tau, 0, torch.empty_like(tau))
+                mask.apply_first_(tau, torch.empty_like(tau))
         self._parts.append(taken)
         self._passed += len(aligned)
 

@@ -133,7 +133,8 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._here: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._there: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     @classmethod
     def of_thread(cls, dtype: torch.dtype) -> Scratch:
@@ -142,19 +143,19 @@ class Scratch:
         It stays when a merge is done, about ten chunks of main memory. What lies on an
         accelerator does not: memory is scarce there, and torch's allocator keeps it anyway.
         """
-        kept: dict[torch.dtype, Scratch] = _thread.__dict__.setdefault("scratch", {})
-        scratch = kept.setdefault(dtype, cls(dtype))
-        scratch._buffers = {k: b for k, b in scratch._buffers.items() if k[1].type == "cpu"}
+        scratch = cls(dtype)
+        scratch._here = _thread.__dict__.setdefault("scratch", {}).setdefault(dtype, {})
         return scratch
 
     def __call__(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The buffer of that name, as long as ``like``, its contents undefined."""
         key, size = (name, like.device), like.numel()
-        buffer = self._buffers.get(key)
+        buffers = self._here if like.device.type == "cpu" else self._there
+        buffer = buffers.get(key)
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # or none but that mode could write to it
                 buffer = torch.empty(size, dtype=self.dtype, device=like.device)
-            self._buffers[key] = buffer
+            buffers[key] = buffer
         return buffer[:size]
 
     def passing(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

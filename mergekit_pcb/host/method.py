@@ -29,7 +29,13 @@ from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb import _autoload
 from mergekit_pcb.core import merge, refine
-from mergekit_pcb.core.measure import NotFiniteError, Statistics, check_finite, measure_together
+from mergekit_pcb.core.measure import (
+    NotFiniteError,
+    Statistics,
+    check_finite,
+    finite,
+    measure_together,
+)
 from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
@@ -186,7 +192,7 @@ class PCBMerge(GroupMergeMethod):
         )
         for group, tensor in zip(groups, merged, strict=True):
             # The methods' own check was of the dtype before this cast.
-            if out_dtype is not None and not _finite(tensor):
+            if out_dtype is not None and not finite(tensor):
                 raise beyond(out_dtype, name_of(group))
         return merged
 
@@ -259,12 +265,6 @@ def _is_constant(group: TensorGroup) -> bool:
     """Whether it is a mask's constant, which may be infinite; other tensors may not."""
     first, *others = group.tensors
     return name_of(group).endswith(CONSTANT) and all(torch.equal(first, other) for other in others)
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    if tensor.dtype.itemsize == 1:  # torch's float8 have no isfinite
-        tensor = tensor.float()
-    return bool(tensor.isfinite().all())
 
 
 def _unplanned(group: TensorGroup, values: Values) -> Known:

@@ -195,7 +195,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         elements += tensor.numel()
         out = dtype_of(document.get("out_dtype")) or cast
         written += tensor.numel() * out.itemsize
-        chunk = min(tensor.numel(), chunk_elements(tensor.device))
+        chunk = min(tensor.numel(), chunk_elements(plan.device))
         scratch = scratch_chunks(len(present) - 1) * chunk
         need = tensor.numel() * cast.itemsize * (len(present) + 1)
         need += scratch * working_dtype(cast).itemsize
