@@ -8,6 +8,7 @@ modules of mergekit load as always and then does its one job in each.
 from __future__ import annotations
 
 import sys
+from _thread import get_ident  # threading would have to be imported first
 
 TYPE_CHECKING = False  # typing itself would triple the cost of this module
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class _Finder:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._waiting = set(names)
+        self._asking: set[tuple[int, str]] = set()
 
     def find_spec(
         self,
@@ -146,14 +148,21 @@ class _Finder:
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if name not in self._waiting:
+        asked = get_ident(), name
+        # Another finder of this kind may ask all others, too.
+        if name not in self._waiting or asked in self._asking:
             return None
-        for finder in [finder for finder in sys.meta_path if finder is not self]:
-            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(name, spec.loader, self)  # type: ignore[assignment]
-                return spec
+        self._asking.add(asked)
+        try:
+            for finder in [finder for finder in sys.meta_path if finder is not self]:
+                find = getattr(finder, "find_spec", None)
+                spec: ModuleSpec | None = find(name, path, target) if find else None
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _Loader(name, spec.loader, self)  # type: ignore[assignment]
+                    return spec
+        finally:
+            self._asking.discard(asked)
         return None
 
     def loaded(self, name: str) -> None:

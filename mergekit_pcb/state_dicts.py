@@ -16,10 +16,18 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 
+from mergekit_pcb.core.measure import finite
 from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.core.vectors import working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.groups import explained, explained_for, refuse_beyond
+from mergekit_pcb.host.groups import (
+    beyond,
+    explained,
+    explained_for,
+    is_constant,
+    name_of,
+    refuse_beyond,
+)
 from mergekit_pcb.host.kinds import kinds_of
 from mergekit_pcb.host.method import PCBMerge, in_memory, prepare
 
@@ -76,6 +84,8 @@ def contributions(
     is logged. Returns a state dict per expert, float32 (float64 for float64 inputs), of the
     tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
+    if isinstance(experts, (Mapping, torch.nn.Module)):
+        raise PCBError("merge with pcb", "experts is one model", "give a list of models")
     experts = list(experts)
     if not experts:
         raise PCBError("merge with pcb", "there is no expert", "give at least one")
@@ -94,7 +104,8 @@ def contributions(
         for name, tensor in states[0].items()
         if tensor.is_floating_point() and name not in tied
     ]
-    groups = [_group(name, states) for name in names]
+    groups = [group for group in (_group(name, states) for name in names) if not is_constant(group)]
+    names = [name_of(group) for group in groups]
     given = {
         "density": density,
         "clip": clip,
@@ -186,6 +197,8 @@ def combine(
         start = merged[name]
         summed = start.detach().to(delta.dtype) + scale * delta
         if not summed.requires_grad:
+            if not finite(summed):
+                raise beyond(summed.dtype, name)
             refuse_beyond(start.dtype, summed, name)
         merged[name] = summed.to(start.dtype)
     for name, first in contributions.tied.items():
@@ -196,6 +209,12 @@ def combine(
 def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
     """The tensors of a model; extra state that is no tensor is left out."""
     state = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    if not isinstance(state, Mapping):
+        raise PCBError(
+            "merge these models",
+            f"one of them is a {type(state).__name__}",
+            "give modules or state dicts",
+        )
     found = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):

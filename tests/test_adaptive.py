@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mergekit_pcb import PCBError, adamerge, combine, contributions
+from mergekit_pcb.core import fused
 
 
 @pytest.fixture
@@ -172,6 +173,38 @@ def test_a_model_that_counts_its_batches_leaves_the_base_alone(models):
         assert counted["1.num_batches_tracked"] == 0
 
 
+def test_buffers_that_are_not_merged_stay_the_models_own(models):
+    base = dict(models[0].named_parameters())
+    experts = [{name: state[name] for name in base} for state in models[1]]
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5)).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    adamerge(model, base, experts, list(torch.randn(3, 16, 6)), density=0.6)
+    assert before
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64], ids=str)
+def test_what_torch_makes_by_default_is_nothing_to_merges(models, kind):
+    base, experts = models
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5)).eval()
+    batches = list(torch.randn(4, 16, 6))
+
+    def found():
+        fused.compiled.cache_clear()
+        return adamerge(model, base, experts, batches, density=0.6, learning_rate=1e-3)
+
+    expected = found()
+    try:
+        torch.set_default_dtype(kind)
+        again = found()
+        assert fused.compiled("cpu", torch.float32) is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.coefficients, expected.coefficients)
+    assert not torch.equal(again.coefficients, torch.ones(len(experts)))
+
+
 class Tied(torch.nn.Module):
     """Rows of an embedding that are a head's as well."""
 
@@ -257,4 +290,12 @@ def test_what_cannot_be_merged_is_told(models, caplog):
     half = {name: tensor.half() for name, tensor in state.items() if name == "w"}
     with pytest.raises(PCBError, match=r"its values do not fit into torch\.float16"):
         combine(half, parts, [1e9])
+    for wrong in (torch.nan, torch.inf, 1e39):
+        with pytest.raises(PCBError, match=r"its values do not fit into torch\.float32"):
+            combine(state, parts, [wrong])
+    for one, said in ((state, "experts is one model"), (experts[0], "experts is one model")):
+        with pytest.raises(PCBError, match=said):
+            contributions(base, one)
+    with pytest.raises(PCBError, match="one of them is a list"):
+        contributions(base, [[state]])
     assert contributions(base, experts)

@@ -9,16 +9,19 @@ import torch
 import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
 from click.testing import CliRunner
+from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import save_file
 from test_bad_input import refused
 from test_plan import run_in_process
 from test_vocabulary import NEW, WORDS, paths  # noqa: F401 - a fixture
 from test_whole_model import assert_equal_states, whole_reference
 
+from mergekit_pcb import combine, contributions
 from mergekit_pcb.core import fused, ranks, vectors
 from mergekit_pcb.core.measure import Recipe, measure
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.host import advice, inputs, planning, whole_model
+from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.tools import check
 from mergekit_pcb.tools.cli import main
 
@@ -44,24 +47,59 @@ def old_neox(place, masked):
     return made
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize(
+    "more", [{}, {"dtype": "float32"}, {"dtype": "float32", "out_dtype": "float16"}], ids=str
+)
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("masked", [torch.tensor(-1e9), torch.tensor(-1e9).half()])
-def test_masks_of_old_models_are_no_obstacle(tmp_path, scope, dtype, masked):
+def test_masks_of_old_models_are_no_obstacle(tmp_path, scope, more, masked):
     """Booleans, which a dtype turns into numbers, and -1e9, which is infinite in float16."""
     made = old_neox(tmp_path / "models", masked)
-    more = {} if dtype is None else {"dtype": dtype}
     out, result = merge(tmp_path, configuration(made, parameters={"scope": scope}, **more))
     assert "takes no part" not in result.stderr
     base, *experts = map(tensors, made)
     merged = tensors(out)
     constants = {name: t for name, t in base.items() if name.endswith(("n.bias", ".masked_bias"))}
     for name, tensor in constants.items():
-        assert torch.equal(merged.pop(name).double(), tensor.double()), name
+        stored = tensor.half() if "out_dtype" in more else tensor
+        assert torch.equal(merged.pop(name).double(), stored.double()), name
     assert len(constants) == 4
-    if scope == "model":
+    if scope == "model" and "out_dtype" not in more:
         states = [{n: t for n, t in s.items() if n not in constants} for s in (base, *experts)]
         assert_equal_states(merged, whole_reference(states), base)
+
+
+def test_masks_of_old_files_are_no_obstacle_to_another_dtype(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    name = "a.attention.masked_bias"
+    for number, file in enumerate(files):
+        state = {"w": torch.randn(8, 8).half(), name: torch.tensor([-torch.inf]).half()}
+        save_file({**state, "n": torch.full((3,), float(number))}, file)
+    config = configuration(files, out_dtype="bfloat16")
+    out, _ = merge(tmp_path, config, command="mergekit-pytorch")
+    assert tensors(out)[name].tolist() == [-torch.inf]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_masks_of_old_models_are_no_obstacle_in_memory(scope):
+    torch.manual_seed(0)
+    name = "a.attention.masked_bias"
+    base, *experts = (
+        {"w": torch.randn(8, 8), name: torch.tensor([-torch.inf]).half()} for _ in range(3)
+    )
+    parts = contributions(base, experts, density=0.5, scope=scope)
+    assert set(parts[0]) == {"w"}
+    merged = combine(base, parts, [1.0, 1.0])
+    assert torch.equal(merged[name], base[name])
+    groups = [
+        TensorGroup.from_tensors(
+            [state[own] for state in (base, *experts)], ids="abc", base_index=0, name=own
+        )
+        for own in base
+    ]
+    found = PCBMerge()(groups, parameters={"density": 0.5, "scope": scope})
+    torch.testing.assert_close(found[0], merged["w"])
+    assert torch.equal(found[1], base[name])
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])

@@ -537,6 +537,16 @@ def test_statistics_that_are_no_file(tmp_path, small):
     assert "it is no ordinary file" in result.output
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
+def test_statistics_whose_name_no_file_can_have(small, path):
+    config, files = small
+    parameters = {"scope": "model", "statistics": path}
+    config.write_text(yaml.safe_dump(configuration(files, parameters=parameters)))
+    result = invoked("check", config)
+    assert result.exit_code == 1
+    assert "it cannot be read" in result.output
+
+
 @pytest.mark.parametrize("role", ["expert", "base"])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_one_model_under_two_names(tmp_path, small, role, scope):

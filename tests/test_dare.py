@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
 from conftest import pieces
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from mergekit.options import MergeOptions
 from reference import dare_factors, kept_by_dare, philox
 from reference import pcb as reference
 from safetensors.torch import save_file
@@ -20,6 +22,7 @@ from test_whole_model import assert_equal_states, whole_reference
 
 from mergekit_pcb.core import dare
 from mergekit_pcb.core.dare import PIECE_ELEMENTS, WINDOW_ELEMENTS, Dare, Mask
+from mergekit_pcb.host import advice, groups, planning
 
 MANY = 1 << 20
 # Statistical tests look at so many elements, and allow for five standard deviations.
@@ -473,6 +476,35 @@ def test_a_density_above_dare_density_is_remarked_on_once_a_model(tmp_path, fami
     _, result = merge(tmp_path, config)
     assert result.stderr.count("keeps no more of") == 1
     assert f"density 0.3 keeps no more of {family[1]} than its dare_density 0.1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("earlier", "warned"),
+    [
+        ({"seed": [{"filter": "mlp", "value": 1}, {"value": 0}]}, True),
+        ({"seed": [{"filter": "mlp", "value": 1}, {"value": 2}]}, False),
+        ({"seed": [1, {"x": [0]}]}, False),
+        ([1], True),
+    ],
+)
+def test_what_an_earlier_merge_says_of_itself_may_be_anything(tmp_path, family, earlier, warned):
+    shutil.copytree(family[1], tmp_path / "first")
+    said = {"merge_method": "pcb", "parameters": earlier, "models": [{"dare_density": 0.5}]}
+    (tmp_path / "first" / "mergekit_config.yml").write_text(yaml.safe_dump(said))
+    config = configuration([family[0], tmp_path / "first"], parameters={"dare_density": 0.5})
+    plan = planning.plan_without_merging(yaml.safe_dump(config), MergeOptions())
+    assert bool(advice._seed_remark(plan)) == warned
+
+
+def test_tensors_without_a_name_share_a_mask_and_that_is_said_once(caplog):
+    groups.warn_of_one_mask.cache_clear()
+    tensors_ = [torch.randn(64) for _ in range(2)]
+    given = {"base_index": 0, "parameters": {"dare_density": 0.5}}
+    merge_tensors(tensors_, "pcb", name="w", **given)
+    assert not caplog.messages
+    for _ in range(2):
+        merge_tensors(tensors_, "pcb", **given)
+    assert len([text for text in caplog.messages if "one DARE mask" in text]) == 1
 
 
 @pytest.mark.parametrize(("seed", "warned"), [(0, True), (1, False)])

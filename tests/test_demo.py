@@ -12,15 +12,15 @@ from click.testing import CliRunner
 from conftest import pieces  # noqa: F401 - puts tests/ on the path before torch starts threads
 from reference import pcb as reference
 
-from mergekit_pcb.tools import demo, demo_page, small_llama
+from mergekit_pcb.tools import demo, demo_folder, demo_page, small_llama
 from mergekit_pcb.tools.cli import main
 
 
 @pytest.mark.slow
 def test_what_is_printed_is_what_was_measured(small_demo):
     directory, printed = small_demo
-    results = demo.Results.model_validate_json((directory / demo.RESULTS).read_text())
-    assert json.loads((directory / demo.RESULTS).read_text())["lower_is_better"] is True
+    results = demo.Results.model_validate_json((directory / demo_folder.RESULTS).read_text())
+    assert json.loads((directory / demo_folder.RESULTS).read_text())["lower_is_better"] is True
     assert results.seed == 3
     assert [(row.name, row.kind) for row in results.rows] == [
         ("base", "base"),
@@ -40,14 +40,14 @@ def test_what_is_printed_is_what_was_measured(small_demo):
     expected += (directory / "pcb.yml").read_text().splitlines()
     for line in expected:
         assert line in printed
-    assert (directory / demo.PICTURE).read_bytes()[1:4] == b"PNG"
+    assert (directory / demo_folder.PICTURE).read_bytes()[1:4] == b"PNG"
     assert all((directory / name).exists() for name in demo.made())
 
 
 @pytest.mark.slow
 def test_training_is_real(small_demo):
     """The base has learned something, and each expert beats it on its own task."""
-    results = demo.Results.model_validate_json((small_demo[0] / demo.RESULTS).read_text())
+    results = demo.Results.model_validate_json((small_demo[0] / demo_folder.RESULTS).read_text())
     base = results.row("base")
     assert base.general < math.log(small_llama.VOCABULARY)  # better than guessing
     for task in demo.TASKS:
@@ -151,12 +151,32 @@ def test_where_start_up_files_are_switched_off_the_demo_merges_by_its_own_comman
     assert tensors(tmp_path / "merged-pcb")
 
 
+def test_force_replaces_nothing_but_a_demo(tmp_path):
+    mine = ["pcb.yml", "results.json", "notes.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("{}")
+    result = ask(tmp_path, "--force")
+    assert result.exit_code == 1
+    assert "its pcb.yml is not an earlier demo's" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+@pytest.mark.parametrize("name", ["jane@corp", "c++"])
+def test_a_path_that_mergekit_would_read_otherwise_is_told_before_the_first_step(tmp_path, name):
+    result = ask(tmp_path / name / "demo")
+    assert result.exit_code == 1
+    assert f"what follows {'@' if '@' in name else '+'} in the path" in result.output
+    assert not (tmp_path / name).exists()
+
+
 def test_no_room_and_no_permission_are_told_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.os, "access", lambda *_: False)
+    monkeypatch.setattr(demo_folder.os, "access", lambda *_: False)
     assert "may not be written" in ask(tmp_path / "a" / "demo").output
     monkeypatch.undo()
     monkeypatch.setattr(
-        demo.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20)
+        demo_folder.shutil,
+        "disk_usage",
+        lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20),
     )
     assert "1 MB are free" in ask(tmp_path / "a" / "demo").output
     assert not (tmp_path / "a").exists()

@@ -539,6 +539,24 @@ def test_what_cannot_be_represented_is_refused():
         refine.merge(aligned, statistics, [1e7] * 3, 1.0, refine.Refinement(layout, 0.1, None))
 
 
+@pytest.mark.parametrize("anchor", [1e200, 1e307])
+def test_a_very_large_anchor_leaves_pcb(anchor):
+    layout = LAYOUTS["square"]
+    aligned, statistics = prepared(models(layout))
+    found = refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, anchor, 1))
+    plain = refine.merge(aligned, statistics, [1.0] * 3, 1.0, refine.Refinement(layout, None, 1))
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("weight", [1e39, 1e308])
+def test_weights_beyond_the_precision_are_refused(weight):
+    layout = LAYOUTS["square"]
+    aligned, statistics = prepared(models(layout))
+    own = refine.Refinement(layout, 0.1, 1)
+    with pytest.raises(OutOfRangeError):
+        refine.merge(aligned, statistics, [weight, 1.0, 1.0], 1.0, own)
+
+
 def test_a_factor_that_fails_names_the_tensor(monkeypatch):
     layout = LAYOUTS["square"]
     aligned, statistics = prepared(models(layout))

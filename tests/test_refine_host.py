@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import shutil
+import threading
 
 import mergekit.merge_methods
 import pytest
@@ -25,6 +26,7 @@ from test_plan import run_in_process
 from test_whole_model import whole_reference
 
 from mergekit_pcb import PCBError, combine, contributions
+from mergekit_pcb.host import architecture as host_architecture
 from mergekit_pcb.host import refined as host_refined
 from mergekit_pcb.host.architecture import Architecture
 from mergekit_pcb.host.kinds import Kind, fitted, kinds_of
@@ -271,6 +273,22 @@ def test_tensors_of_unknown_layout_are_left_to_pcb_and_named(tmp_path):
     assert len(said) == 1
     assert "2 tensors keep PCB's merge unrefined" in said[0]
     assert "model.layers.0.mlp.gate.weight, model.layers.1.mlp.gate.weight" in said[0]
+
+
+def test_threads_that_read_architectures_leave_logging_as_it_was():
+    entered = threading.Event()
+
+    def other():
+        with host_architecture._quiet():
+            entered.set()
+
+    with host_architecture._quiet():
+        thread = threading.Thread(target=other)
+        thread.start()
+        entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_an_architecture_that_cannot_be_built_is_no_secret(tmp_path, family):

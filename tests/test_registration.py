@@ -115,6 +115,25 @@ def test_notebooks_that_imported_mergekit_before_the_installation():
     python(f"{ABSENT}\nimport mergekit_pcb\n{PRESENT}", options=["-S"], PYTHONPATH=site_packages())
 
 
+def test_another_finder_that_asks_all_others():
+    python("""
+        import sys
+
+        class Other:
+            def find_spec(self, name, path, target=None):
+                if not name.startswith("mergekit."):
+                    return None
+                for finder in sys.meta_path:
+                    if finder is not self and (spec := finder.find_spec(name, path, target)):
+                        return spec
+
+        sys.meta_path.insert(0, Other())
+        import mergekit.plan
+        import mergekit.merge_methods as m
+        assert m.get("pcb").spec.pretty_name == "PCB-Merging"
+    """)
+
+
 def test_switched_off():
     python(ABSENT, MERGEKIT_PCB_AUTOLOAD="0")
     python(f"{ABSENT}\nimport mergekit_pcb\n{ABSENT}", MERGEKIT_PCB_AUTOLOAD="0")

@@ -24,6 +24,7 @@ ARROWS = {
     "errors": set(),
     "files": {"errors"},
     "state_dicts": {
+        "core.measure",
         "core.refine",
         "core.vectors",
         "errors",
@@ -190,8 +191,9 @@ ARROWS = {
     },
     "tools.counts": {"core.merge", "core.refine", "core.vectors", "host.method"},
     "tools.small_llama": {"errors"},
-    "tools.demo": {"errors", "files", "tools.small_llama"},
-    "tools.demo_page": {"tools.demo", "tools.figures"},
+    "tools.demo_folder": {"errors", "files"},
+    "tools.demo": {"errors", "files", "tools.demo_folder", "tools.small_llama"},
+    "tools.demo_page": {"tools.demo_folder", "tools.figures"},
     "tools.figures": {"errors", "tools.counts"},
     "tools.page": {"tools.counts", "tools.figures"},  # the first only for type checkers
     "tools.report": {"errors", "files", "host.plan", "host.planning", "tools.counts"},
@@ -200,6 +202,7 @@ ARROWS = {
     "tools.search_scores": {"errors", "tools.search_space"},
     "tools.search_job": {
         "errors",
+        "host.parameters",
         "host.planning",
         "tools.search_scores",
         "tools.search_space",
@@ -268,6 +271,7 @@ ARROWS = {
         "tools.cli_options",
         "tools.cli_search",
         "tools.demo",
+        "tools.demo_folder",
         "tools.demo_page",
         "tools.figures",
         "tools.page",

@@ -38,7 +38,7 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
 
     Raises ``RuntimeError`` where it is wrong, and whatever the code itself raises.
     """
-    base = torch.linspace(-1, 1, 4 * STRIP + 1).to(device, kind)
+    base = torch.linspace(-1, 1, 4 * STRIP + 1, dtype=torch.float32).to(device, kind)
     mask = dare.Mask(dare.Dare(0.3, 0, 0), "", len(base))
     aligned = replace(Aligned.of("", base, [base * 1.5, base * 0.75]), masks=(mask, None))
     walked = walk(aligned)
@@ -91,7 +91,7 @@ def _expected(
     total = taus[0] + taus[1]
     numerator, divisor, all_scores = torch.zeros_like(total), torch.zeros_like(total), []
     for tau, balance, weight in zip(taus, balances, weights, strict=True):
-        first, second, third = torch.empty((3, len(tau)), device=tau.device)
+        first, second, third = tau.new_empty((3, len(tau)))
         clamped = magnitude(tau, balance, out=torch.empty_like(tau))
         scores = score(tau, clamped, total, balance, 2, out=first, scratch=(second, third))
         all_scores.append(scores.clone())

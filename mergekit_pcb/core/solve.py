@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mergekit_pcb.core.matrices import Layout, Matrix, Norms
-from mergekit_pcb.core.measure import Statistics
+from mergekit_pcb.core.measure import OutOfRangeError, Statistics
 from mergekit_pcb.core.merge import delta
 from mergekit_pcb.core.products import (
     add_gram_,
@@ -54,6 +54,9 @@ def solve(
     New flat tensors in the precision of ``matrix``. Memory beyond them and the inputs:
     :func:`working_elements`.
     """
+    largest = max(abs(weight) for row in weights for weight in row)
+    if largest > torch.finfo(matrix.dtype).max:
+        raise OutOfRangeError(matrix.aligned.name)
     found = _solved(matrix, statistics, weights, anchor, norms, matrix.dtype)
     if found is None:
         found = _solved(matrix, statistics, weights, anchor, norms, torch.float64)
@@ -97,6 +100,12 @@ def _solved(
     results = [torch.zeros(layout.elements, dtype=dtype, device=device) for _ in weights]
     if not norms.changed:
         return results
+    ridge = anchor * len(norms.changed) / layout.columns
+    factors = [abs(row[task]) * norms.tasks[task] for row in weights for task in norms.changed]
+    if max(ridge, *factors) > torch.finfo(dtype).max:
+        if dtype == torch.float64:
+            raise OutOfRangeError(matrix.aligned.name)
+        return None
     shape = layout.columns, layout.columns
     ridged = torch.zeros(shape, dtype=dtype, device=device)  # A, and in the end A + e I
     # The trace of every G_i is 1.
@@ -106,7 +115,6 @@ def _solved(
         if not _add(matrix, task, 1 / norms.tasks[task], own, ridged, results, largest):
             return None
     mirror_(ridged)
-    ridge = anchor * len(norms.changed) / layout.columns
     ridged.diagonal().add_(ridge)
     for result, row in zip(results, weights, strict=True):
         for chunk, part in matrix.chunks(result):

@@ -101,12 +101,16 @@ def _seed_remark(plan: Plan) -> str:
         if any(density < 1 for density in values["dare_density"].values())
     }
     for model, document in _merged_before(plan) if drawn else ():
-        earlier = document.get("parameters") or {}
-        seed, had_dare = earlier.get("seed", 0), "'dare_density'" in repr(document)
-        if document.get("merge_method") == "pcb" and had_dare and seed in drawn:
+        earlier = document.get("parameters")
+        seeds = earlier.get("seed", 0) if isinstance(earlier, dict) else 0
+        filtered = seeds if isinstance(seeds, list) else [{"value": seeds}]
+        values = [part.get("value") for part in filtered if isinstance(part, dict)]
+        again = [seed for seed in drawn if seed in values]
+        had_dare = "'dare_density'" in repr(document)
+        if document.get("merge_method") == "pcb" and had_dare and again:
             return (
-                f"{model} was itself merged under DARE with seed {seed}, so its elements are kept "
-                "and dropped by the same masks again; give each stage a seed of its own"
+                f"{model} was itself merged under DARE with seed {again[0]}, so its elements are "
+                "kept and dropped by the same masks again; give each stage a seed of its own"
             )
     return ""
 

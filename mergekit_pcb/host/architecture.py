@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import pathlib
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from mergekit_pcb.host.kinds import Kind, kinds_of
+
+_LOUDNESS = threading.Lock()
 
 
 class Architecture:
@@ -124,11 +127,12 @@ def architecture_of(model: Any, *, trust_remote_code: bool) -> Architecture | No
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the remarks that building a model makes, which mergekit has made already."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with _LOUDNESS:  # it is the process's, and threads may take turns in any order
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)

@@ -6,6 +6,8 @@ Where the mathematics knows positions, an error here names the model, the tensor
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from mergekit_pcb.core.solve import NotSolvableError
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 
+LOG = logging.getLogger(__name__)
 #: End of the names of numbers that old checkpoints hold for their masks, infinite in float16.
 CONSTANT = ".masked_bias"
 
@@ -43,6 +46,18 @@ def aligned(group: TensorGroup) -> Aligned:
 
 def name_of(group: TensorGroup) -> str:
     return "(unnamed)" if group.metadata.name is None else group.metadata.name
+
+
+def is_constant(group: TensorGroup) -> bool:
+    """Whether it is a mask's constant, which may be infinite; other tensors may not."""
+    first, *others = group.tensors
+    return name_of(group).endswith(CONSTANT) and all(torch.equal(first, other) for other in others)
+
+
+@functools.cache
+def warn_of_one_mask() -> None:
+    """Say once that tensors without a name cannot be told apart."""
+    LOG.warning("tensors without a name are all thinned by one DARE mask; give each a name (name=)")
 
 
 def check_shapes(group: TensorGroup) -> None:

@@ -40,7 +40,15 @@ from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.host.groups import CONSTANT, aligned, beyond, check_shapes, explained_for, name_of
+from mergekit_pcb.host.groups import (
+    aligned,
+    beyond,
+    check_shapes,
+    explained_for,
+    is_constant,
+    name_of,
+    warn_of_one_mask,
+)
 from mergekit_pcb.host.kinds import Kind, assumed, fitted, layout_of, unrefined
 from mergekit_pcb.host.parameters import (
     PARAMETERS,
@@ -192,7 +200,7 @@ class PCBMerge(GroupMergeMethod):
         )
         for group, tensor in zip(groups, merged, strict=True):
             # The methods' own check was of the dtype before this cast.
-            if out_dtype is not None and not finite(tensor):
+            if out_dtype is not None and not is_constant(group) and not finite(tensor):
                 raise beyond(out_dtype, name_of(group))
         return merged
 
@@ -201,7 +209,7 @@ class PCBMerge(GroupMergeMethod):
             try:
                 prepared = prepare(group, parameters)
             except NotFiniteError:
-                if not _is_constant(group):
+                if not is_constant(group):
                     raise
                 constant: torch.Tensor = group.entries[0].tensor  # such as a mask's infinity
                 return constant.clone()
@@ -226,6 +234,11 @@ def in_memory(
     ids = [[task.id for task in group.non_base] for group in groups]
     for remark in density_remarks(parameters).values():
         LOG.warning(remark)
+    if any(
+        group.metadata.name is None and min(values["dare_density"].values()) < 1
+        for group, values in zip(groups, parameters, strict=True)
+    ):
+        warn_of_one_mask()
     statistics = None
     if scope_of(list(zip(names, parameters, strict=True))) == MODEL:
         if path := parameters[0]["statistics"]:
@@ -238,7 +251,8 @@ def in_memory(
         recipe = one_recipe(list(zip(names, recipes, strict=True)))
         cast = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes, strict=True)]
         with explained_for(groups[0], of_whole_model=True):
-            statistics = measure_together([aligned(group) for group in cast], recipe)
+            flat = [aligned(group) for group in cast if not is_constant(group)]
+            statistics = measure_together(flat, recipe)
     chosen = {
         name: group.entries[0].tensor.ndim
         for name, group, values in zip(names, groups, parameters, strict=True)
@@ -254,17 +268,11 @@ def in_memory(
         if dimensions > 1 and kinds.get(name, Kind.UNKNOWN) is Kind.UNKNOWN
     ]:
         LOG.warning(unrefined(unknown))
-    measured = statistics is not None
+    measured = [statistics is not None and not is_constant(group) for group in groups]
     return [
-        {**values, KNOWN: Known(tasks, statistics, measured, kind=kinds.get(name, Kind.UNKNOWN))}
-        for name, values, tasks in zip(names, parameters, ids, strict=True)
+        {**values, KNOWN: Known(tasks, statistics, known, kind=kinds.get(name, Kind.UNKNOWN))}
+        for name, values, tasks, known in zip(names, parameters, ids, measured, strict=True)
     ]
-
-
-def _is_constant(group: TensorGroup) -> bool:
-    """Whether it is a mask's constant, which may be infinite; other tensors may not."""
-    first, *others = group.tensors
-    return name_of(group).endswith(CONSTANT) and all(torch.equal(first, other) for other in others)
 
 
 def _unplanned(group: TensorGroup, values: Values) -> Known:

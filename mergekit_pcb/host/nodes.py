@@ -16,7 +16,7 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import ConfigDict
 
 from mergekit_pcb.core.rules import MODEL
-from mergekit_pcb.host.groups import check_shapes, refuse_beyond
+from mergekit_pcb.host.groups import check_shapes, is_constant, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import KNOWN, Known
@@ -72,7 +72,8 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
     def execute(
         self, tensors: Tensors, measured: Measured | None = None, **_kwargs: Any
     ) -> torch.Tensor | None:
-        check_shapes(group_of(self, tensors))
+        group = group_of(self, tensors)
+        check_shapes(group)
         what_follows(self.gather_tensors)
         known = Known(
             models_of(self),
@@ -85,7 +86,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
         parameters = ImmutableMap({**dict(self.parameters.items()), KNOWN: known})
         planned = self.model_copy(update={"parameters": parameters})
         merged: torch.Tensor | None = super(MergeTensor, planned).execute(tensors)
-        if merged is not None:
+        if merged is not None and not is_constant(group):
             refuse_beyond(self.plan.out_dtype, merged, self.output_weight.name)
         return merged
 

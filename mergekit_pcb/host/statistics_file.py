@@ -184,13 +184,16 @@ def compose(
 def read(path: pathlib.Path) -> Document:
     """Read a document; refuses one that is missing, damaged or edited by hand."""
     remedy = "measure again with `mergekit-pcb measure`"
-    if path.exists() and not path.is_file():
+    try:
+        ordinary = path.is_file() or not path.exists()
+        text = path.read_bytes() if ordinary else b""
+    except (OSError, ValueError) as error:  # a zero byte in its name is no OSError
+        reason = f"it cannot be read ({getattr(error, 'strerror', error)})"
+        raise PCBError(f"use statistics {path}", reason, remedy) from None
+    if not ordinary:
         raise PCBError(f"use statistics {path}", "it is no ordinary file", remedy)
     try:
-        document = Document.model_validate_json(path.read_bytes())
-    except OSError as error:
-        reason = f"it cannot be read ({error.strerror})"
-        raise PCBError(f"use statistics {path}", reason, remedy) from None
+        document = Document.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"

@@ -85,16 +85,17 @@ def adamerge(
     tied = further_names({name: id(parameter) for name, parameter in own.items()})
     start = float(start)
     device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
+
+    def begin() -> torch.Tensor:
+        shape, own_kind = (len(parts),), torch.float32
+        return torch.full(shape, start, dtype=own_kind, device=device, requires_grad=True)
+
     coefficients: torch.Tensor | dict[str, torch.Tensor]
     if granularity == "task":
-        coefficients = torch.full((len(parts),), start, device=device, requires_grad=True)
+        coefficients = begin()
         trained = [coefficients]
     else:
-        coefficients = {
-            name: torch.full((len(parts),), start, device=device, requires_grad=True)
-            for name in parts[0]
-            if name not in parts.tied
-        }
+        coefficients = {name: begin() for name in parts[0] if name not in parts.tied}
         trained = list(coefficients.values())
         coefficients |= {name: coefficients[first] for name, first in parts.tied.items()}
     optimiser = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
@@ -108,7 +109,8 @@ def adamerge(
         return found | {name: found[first] for name, first in both.items()}
 
     for batch in tqdm(steps, desc="AdaMerging", disable=True if quiet else None):
-        merged = {
+        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        merged = buffers | {
             # torch has no gradients towards running averages, and a model may count its batches.
             name: tensor if name in own else tensor.detach().clone()
             for name, tensor in merge().items()

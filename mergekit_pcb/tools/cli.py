@@ -216,9 +216,10 @@ def demo(
     Example: mergekit-pcb demo demo
     """
     from mergekit_pcb.tools import demo, demo_page
+    from mergekit_pcb.tools.demo_folder import Schedule
 
     given = {"base_steps": base_steps, "expert_steps": expert_steps}
-    schedule = demo.Schedule(**{name: steps for name, steps in given.items() if steps})
+    schedule = Schedule(**{name: steps for name, steps in given.items() if steps})
     try:
         results = demo.run(directory, schedule, seed, force=force, keep=keep)
         picture = demo_page.draw(results, directory)

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 
 import click
 
-from mergekit_pcb.tools.demo import GENERAL, PICTURE, RESULTS, TASKS, Results, Row, Schedule
+from mergekit_pcb.tools.demo_folder import (
+    GENERAL,
+    PICTURE,
+    RESULTS,
+    TASKS,
+    Results,
+    Row,
+    Schedule,
+)
 from mergekit_pcb.tools.figures import COLOURS, blank
 
 _BAR, _NAME = 40, 20  # characters
