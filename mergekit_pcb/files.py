@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mergekit_pcb.errors import PCBError, one_line
 
@@ -34,6 +34,14 @@ def check_target(path: pathlib.Path) -> None:
             raise PCBError(f"write {path}", "it is no ordinary file", "name another")
     except OSError as error:
         raise PCBError(f"write {path}", one_line(error), "name another file") from None
+
+
+def seen(path: str, look: Callable[[pathlib.Path], bool] = pathlib.Path.exists) -> bool:
+    """Whether something is there, of the kind that ``look`` says; not under a name no file has."""
+    try:
+        return look(pathlib.Path(path).expanduser())
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a zero byte
+        return False
 
 
 def size(count: float) -> str:

@@ -21,10 +21,9 @@ from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.core.vectors import working_dtype
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import (
-    beyond,
     explained,
     explained_for,
-    is_constant,
+    is_infinite,
     name_of,
     refuse_beyond,
 )
@@ -84,7 +83,8 @@ def contributions(
     is logged. Returns a state dict per expert, float32 (float64 for float64 inputs), of the
     tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
-    if isinstance(experts, (Mapping, torch.nn.Module)):
+    one = isinstance(experts, torch.nn.Module) and not isinstance(experts, torch.nn.ModuleList)
+    if one or isinstance(experts, Mapping):
         raise PCBError("merge with pcb", "experts is one model", "give a list of models")
     experts = list(experts)
     if not experts:
@@ -104,8 +104,9 @@ def contributions(
         for name, tensor in states[0].items()
         if tensor.is_floating_point() and name not in tied
     ]
-    groups = [group for group in (_group(name, states) for name in names) if not is_constant(group)]
+    groups = [group for group in (_group(name, states) for name in names) if not is_infinite(group)]
     names = [name_of(group) for group in groups]
+    tied = {name: first for name, first in tied.items() if first in names}
     given = {
         "density": density,
         "clip": clip,
@@ -198,7 +199,11 @@ def combine(
         summed = start.detach().to(delta.dtype) + scale * delta
         if not summed.requires_grad:
             if not finite(summed):
-                raise beyond(summed.dtype, name)
+                raise PCBError(
+                    f"combine the contributions to {name}",
+                    "their sum is infinite or no number",
+                    "give weights and a scale that are smaller, and finite",
+                )
             refuse_beyond(start.dtype, summed, name)
         merged[name] = summed.to(start.dtype)
     for name, first in contributions.tied.items():

@@ -106,11 +106,13 @@ def study_of(folder):
 
 def log_of(folder):
     """The trials of a study that are over."""
+    from mergekit_pcb.tools.search_space import rounded
+
     found = []
     for trial in study_of(folder).get_trials():
         if not trial.state.is_finished():
             continue
-        values = {name: v if name == "refine" else round(v, 4) for name, v in trial.params.items()}
+        values = {name: v if name == "refine" else rounded(v) for name, v in trial.params.items()}
         weights = [values.pop(name) for name in sorted(values) if name.startswith("weight ")]
         found.append(
             {

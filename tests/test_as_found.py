@@ -9,6 +9,7 @@ import torch
 import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
 from click.testing import CliRunner
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import save_file
 from test_bad_input import refused
@@ -78,6 +79,29 @@ def test_masks_of_old_files_are_no_obstacle_to_another_dtype(tmp_path):
     config = configuration(files, out_dtype="bfloat16")
     out, _ = merge(tmp_path, config, command="mergekit-pytorch")
     assert tensors(out)[name].tolist() == [-torch.inf]
+
+
+def test_finite_constants_take_part_in_memory_as_they_do_in_files(tmp_path):
+    torch.manual_seed(0)
+    names = [f"{number}.attn.masked_bias" for number in range(6)]
+    constants = dict.fromkeys(names, torch.tensor([-1e4]))
+    states = [{"w": torch.randn(8, 8), **constants} for _ in range(3)]
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for state, file in zip(states, files, strict=True):
+        save_file({name: tensor.clone() for name, tensor in state.items()}, file)
+    given = {"density": 0.5, "scope": "model"}
+    config = configuration(files, parameters=given)
+    out, _ = merge(tmp_path, config, command="mergekit-pytorch")
+    found = merge_state_dicts(
+        dict(zip("abc", states, strict=True)), "pcb", base="a", parameters=given
+    )
+    for name, tensor in tensors(out).items():
+        assert torch.equal(found[name], tensor), name
+    parts = contributions(states[0], states[1:], **given)  # one tensor under six names
+    assert torch.equal(combine(states[0], parts, [1.0, 1.0])[names[5]], constants[names[5]])
+    alone = merge_tensors([torch.full((2,), -torch.inf)] * 3, "pcb", base_index=0, name=names[0],
+                          parameters=given)  # fmt: skip
+    assert torch.equal(alone, torch.full((2,), -torch.inf))
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])

@@ -537,6 +537,19 @@ def test_statistics_that_are_no_file(tmp_path, small):
     assert "it is no ordinary file" in result.output
 
 
+@pytest.mark.parametrize("name", ["./" + "x" * 300, "./a\0b"])
+@pytest.mark.parametrize("command", ["check", "measure", "search"])
+def test_models_whose_name_no_file_can_have(tmp_path, small, name, command):
+    config, files = small
+    config.write_text(yaml.safe_dump(configuration([name, *files[1:]])))
+    more = {"check": [], "measure": ["-o", tmp_path / "s.json"]}
+    more["search"] = ["--evaluate", "echo {model} 1", "-o", tmp_path / "b.yml"]
+    result = invoked(command, config, *more[command])
+    assert result.exit_code == 1
+    assert "rror: " in result.output
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b"])
 def test_statistics_whose_name_no_file_can_have(small, path):
     config, files = small

@@ -243,11 +243,33 @@ def test_a_device_multiplies_without_tf32_whatever_torch_is_told(monkeypatch, as
         assert len(seen) == 2
         assert matmul.fp32_precision == before
         assert torch.get_float32_matmul_precision() == asked
-        with pytest.raises(ValueError, match="broken"), products._without_tf32():
+        with pytest.raises(ValueError, match="broken"), products._without_tf32:
             raise ValueError("broken")
+        assert matmul.fp32_precision == before
+        # A thread that comes while another is at it stays undisturbed when that one goes.
+        first, second = (products._without_tf32 for _ in range(2))
+        first.__enter__()
+        second.__enter__()
+        first.__exit__()
+        look()
+        second.__exit__()
+        assert seen[-1] in ("none", "ieee")
         assert matmul.fp32_precision == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_that_was_asked_for_in_torchs_newer_way_is_put_back(monkeypatch):
+    matmul, seen = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(products, "HOST", "none")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        products._do(torch.device("cpu"), [lambda: seen.append(matmul.fp32_precision)])
+        assert seen == ["ieee"]
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_threads_that_ask_together_share_a_pool_and_leave_torch_as_it_was():
@@ -492,7 +514,34 @@ def test_float64_is_taken_where_float32_does_not_suffice(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 40), (120, 80), (30, 90)])
 def test_it_holds_no_more_than_it_says(rows, columns, monkeypatch):
-    """Of float32 numbers that are alive at once, inputs apart, chunks and blocks being whole."""
+    """Inputs apart, chunks and blocks being whole."""
+    layout = Layout(1, rows, columns)
+    tensors = models(layout, 2)
+    aligned, statistics = prepared(tensors)
+    norms = matrices.norms(Matrix(aligned, layout, 0, torch.float32))
+    vectors._thread.__dict__.clear()  # buffers that another test left are longer
+    monkeypatch.setattr(products, "_do", lambda _, jobs: [job() for job in jobs])  # in sight
+    own = Matrix(aligned, layout, 0, torch.float32)
+    most = most_alive(lambda: solve.solve(own, statistics, [[1.0, 1.0]], 0.1, norms))
+    # The result, and the buffers of a chunk, which are as long as the matrix here; both are
+    # counted by the caller.
+    held = 9 * rows * columns + 2 * min(products.FACTOR_BLOCK, columns) ** 2
+    assert most <= solve.working_elements(layout) + held
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 40), (600, 400), (400, 600), (300, 900)])
+def test_evening_holds_no_more_than_it_says(rows, columns, monkeypatch):
+    monkeypatch.setattr(products, "_do", lambda _, jobs: [job() for job in jobs])
+    monkeypatch.setattr(spectrum, "decomposed", lambda function, matrix: function(matrix))
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    said = spectrum.working_elements(rows, columns)
+    # The argument is written to, and so is seen.
+    held = most_alive(lambda: spectrum.even_(matrix, 0.5)) - matrix.numel()
+    assert 0.75 * said <= held <= said
+
+
+def most_alive(act):
+    """Of the float32 numbers that torch makes, the most that are there at once."""
     import weakref
 
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -513,22 +562,9 @@ def test_it_holds_no_more_than_it_says(rows, columns, monkeypatch):
             most = max(most, sum(alive.values()))
             return result
 
-    layout = Layout(1, rows, columns)
-    tensors = models(layout, 2)
-    aligned, statistics = prepared(tensors)
-    norms = matrices.norms(Matrix(aligned, layout, 0, torch.float32))
-    vectors._thread.__dict__.clear()  # buffers that another test left are longer
-    monkeypatch.setattr(products, "_do", lambda _, jobs: [job() for job in jobs])  # in sight
     with Watch():
-        solve.solve(Matrix(aligned, layout, 0, torch.float32), statistics, [[1.0, 1.0]], 0.1, norms)
-    count = rows * columns
-    # The buffers of a chunk are as long as the matrix here; both are counted by the caller.
-    assert (
-        most
-        <= solve.working_elements(layout)
-        + 16 * count
-        + 4 * min(products.FACTOR_BLOCK, columns) ** 2
-    )
+        act()
+    return most
 
 
 def test_what_cannot_be_represented_is_refused():

@@ -276,16 +276,18 @@ def test_tensors_of_unknown_layout_are_left_to_pcb_and_named(tmp_path):
 
 
 def test_threads_that_read_architectures_leave_logging_as_it_was():
-    entered = threading.Event()
+    entered, left = threading.Event(), threading.Event()
 
     def other():
         with host_architecture._quiet():
             entered.set()
+            assert left.wait(10)
 
     with host_architecture._quiet():
         thread = threading.Thread(target=other)
         thread.start()
         entered.wait(0.2)
+    left.set()
     thread.join()
     assert entered.is_set()
     assert logging.root.manager.disable == logging.NOTSET

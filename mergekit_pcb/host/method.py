@@ -29,13 +29,7 @@ from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb import _autoload
 from mergekit_pcb.core import merge, refine
-from mergekit_pcb.core.measure import (
-    NotFiniteError,
-    Statistics,
-    check_finite,
-    finite,
-    measure_together,
-)
+from mergekit_pcb.core.measure import Statistics, check_finite, finite, measure_together
 from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
@@ -46,6 +40,7 @@ from mergekit_pcb.host.groups import (
     check_shapes,
     explained_for,
     is_constant,
+    is_infinite,
     name_of,
     warn_of_one_mask,
 )
@@ -205,14 +200,11 @@ class PCBMerge(GroupMergeMethod):
         return merged
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        if is_constant(group):
+            constant: torch.Tensor = group.entries[0].tensor
+            return constant.clone()
         with explained_for(group):
-            try:
-                prepared = prepare(group, parameters)
-            except NotFiniteError:
-                if not is_constant(group):
-                    raise
-                constant: torch.Tensor = group.entries[0].tensor  # such as a mask's infinity
-                return constant.clone()
+            prepared = prepare(group, parameters)
             if (observe := parameters[KNOWN].observe) is not None:
                 observe(prepared)
             merged = prepared.merged()
@@ -251,8 +243,8 @@ def in_memory(
         recipe = one_recipe(list(zip(names, recipes, strict=True)))
         cast = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes, strict=True)]
         with explained_for(groups[0], of_whole_model=True):
-            flat = [aligned(group) for group in cast if not is_constant(group)]
-            statistics = measure_together(flat, recipe)
+            flat = [aligned(group) for group in cast if not is_infinite(group)]
+            statistics = measure_together(flat, recipe) if flat else None
     chosen = {
         name: group.entries[0].tensor.ndim
         for name, group, values in zip(names, groups, parameters, strict=True)
@@ -268,10 +260,10 @@ def in_memory(
         if dimensions > 1 and kinds.get(name, Kind.UNKNOWN) is Kind.UNKNOWN
     ]:
         LOG.warning(unrefined(unknown))
-    measured = [statistics is not None and not is_constant(group) for group in groups]
+    measured = statistics is not None
     return [
-        {**values, KNOWN: Known(tasks, statistics, known, kind=kinds.get(name, Kind.UNKNOWN))}
-        for name, values, tasks, known in zip(names, parameters, ids, measured, strict=True)
+        {**values, KNOWN: Known(tasks, statistics, measured, kind=kinds.get(name, Kind.UNKNOWN))}
+        for name, values, tasks in zip(names, parameters, ids, strict=True)
     ]
 
 

@@ -25,6 +25,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import seen
 from mergekit_pcb.host import advice, damage, refined, vocabulary
 from mergekit_pcb.host.method import PCBMerge, Prepared
 from mergekit_pcb.host.nodes import MergeTensor, nodes_of
@@ -167,7 +168,7 @@ def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
 
 def is_raw(document: dict[str, Any]) -> bool:
     """Whether a configuration is for mergekit-pytorch: the models it names are files."""
-    return any(pathlib.Path(name).is_file() for name in named_models(document)[:2])
+    return any(seen(name, pathlib.Path.is_file) for name in named_models(document)[:2])
 
 
 def named_models(part: Any) -> list[str]:
@@ -191,8 +192,10 @@ def refuse_to_overwrite(output: pathlib.Path, config: pathlib.Path, document: An
     if target == config.resolve():
         raise PCBError(f"write {output}", "it is the configuration itself", "name another file")
     for name in named_models(document):
+        if not seen(name):
+            continue
         place = pathlib.Path(name).resolve()
-        if place.exists() and (target == place or place in target.parents):
+        if target == place or place in target.parents:
             raise PCBError(
                 f"write {output}", f"it belongs to the model {name}", "name another file"
             )

@@ -83,6 +83,8 @@ def adamerge(
     own = dict(model.named_parameters(remove_duplicate=False))
     _refuse_other_names(model, list(own), parts)
     tied = further_names({name: id(parameter) for name, parameter in own.items()})
+    held = model.named_buffers(remove_duplicate=False)
+    further = further_names({name: id(buffer) for name, buffer in held})
     start = float(start)
     device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
 
@@ -114,7 +116,7 @@ def adamerge(
             # torch has no gradients towards running averages, and a model may count its batches.
             name: tensor if name in own else tensor.detach().clone()
             for name, tensor in merge().items()
-            if not name.endswith("_extra_state")
+            if not name.endswith("_extra_state") and name not in further
         }
         loss = _entropy(_logits(torch.func.functional_call(model, merged, *_call(batch))))
         if not loss.isfinite():

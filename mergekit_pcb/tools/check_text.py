@@ -27,6 +27,7 @@ from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import seen
 from mergekit_pcb.host.parameters import SPECS, ignored, suggestion
 from mergekit_pcb.host.planning import is_raw, named_models
 
@@ -141,7 +142,7 @@ def check_paths(report: Findings, document: dict[str, Any], prefix: str = "") ->
     for where, entry in [*places, *((where, entry) for where, entry, _ in entries(document))]:
         named = entry if isinstance(entry, dict) else {}
         for path in named_models({k: v for k, v in named.items() if k in ("model", "base_model")}):
-            if path.startswith((".", "/", "~")) and not pathlib.Path(path).expanduser().exists():
+            if path.startswith((".", "/", "~")) and not seen(path):
                 report.error(prefix + where.split(" (")[0], f"there is no {path}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.files import seen
 from mergekit_pcb.host.parameters import SPECS
 from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools.search_scores import Score
@@ -119,6 +120,8 @@ def _files_of(name: str) -> list[tuple[str, int, int]]:
 
     Others may come and go beside them: results of an evaluation, logs, a card.
     """
+    if not seen(name):
+        return []
     place = pathlib.Path(name)
     files = sorted(place.iterdir()) if place.is_dir() else []
     files = [file for file in files if READ.fullmatch(file.name) and file.is_file()]

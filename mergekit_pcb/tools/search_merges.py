@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from mergekit_pcb.core.dare import GENERATOR
 from mergekit_pcb.core.matrices import Layout
+from mergekit_pcb.core.measure import finite
 from mergekit_pcb.core.refine import Spectrum, apply
 from mergekit_pcb.core.vectors import promoted, working_dtype
 from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.files import size, write_text
 from mergekit_pcb.host import planning
-from mergekit_pcb.host.groups import explained, refuse_beyond
+from mergekit_pcb.host.groups import beyond, explained, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs
 from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.plan import PlanOptions
@@ -237,6 +238,8 @@ class Merges:
                     with explained(None, "the base", []):
                         summed, evened = apply(step, summed, name), evened + step.layout.count
                 value.add_(summed, alpha=factor)
+                if not finite(value):
+                    raise beyond(value.dtype, name)
                 refuse_beyond(state[name].dtype, value, name)
                 state[name] = value.to(state[name].dtype).view(state[name].shape)
             save_file(state, folder / file.name, metadata=metadata)

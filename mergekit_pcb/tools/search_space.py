@@ -85,23 +85,35 @@ class Space:
             if name in CHOICES:
                 found[name] = optuna.distributions.CategoricalDistribution(CHOICES[name])
                 continue
-            kind = name.split()[0]
-            low, high = {**BOUNDS, **self.bounds}[kind]
+            low, high = self._bounds_of(name)
             if not low <= float(start) <= high:
                 what = name.replace("weight", "weight of model")
                 raise PCBError(
                     f"search the {what}",
                     f"it starts at {float(start):g}, outside of {low:g} to {high:g}",
-                    f"start it within, or set other bounds of {kind}",
+                    f"start it within, or set other bounds of {name.split()[0]}",
                 )
             found[name] = optuna.distributions.FloatDistribution(low, high)
         return found
 
+    def _rounded(self, name: str, value: float) -> float:
+        low, high = self._bounds_of(name)
+        return min(max(rounded(value), low), high)
+
+    def _bounds_of(self, name: str) -> tuple[float, float]:
+        return {**BOUNDS, **self.bounds}[name.split()[0]]
+
     def split(self, values: Mapping[str, Any]) -> tuple[list[float], Shared]:
         """A trial's weights and its other values, rounded to what a configuration shows."""
-        told = {n: v if n in CHOICES else round(float(v), DIGITS) for n, v in values.items()}
+        told = {n: v if n in CHOICES else self._rounded(n, float(v)) for n, v in values.items()}
         weights = [float(told.pop(f"weight {i + 1}")) for i in range(len(self.weights))]
         return weights, told
+
+
+def rounded(value: float) -> float:
+    """To four decimals, or to as many digits where it is small."""
+    places = -math.floor(math.log10(abs(value))) if value else 1
+    return round(value, DIGITS - 1 + max(places, 1))
 
 
 def finite(score: float, name: str = "the score") -> float:
