@@ -70,6 +70,32 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_texts_that_read_alike_stand_once(tiny):
+    reader = encoder._Reader(tiny)
+    start = "x" * encoder.TOKENS
+    texts = [("a", 0, start + "a"), ("b", 0, start + "b"), ("c", 1, "other"), ("d", 2, "otter")]
+    alike = [sources.Example(*text) for text in texts]
+    assert [e.file for e in encoder._told_apart(reader, alike)] == ["a", "c", "d"]
+    unlike = [*alike, sources.Example("e", 1, start)]
+    assert [e.file for e in encoder._told_apart(reader, unlike)] == ["c", "d"]
+
+
+def test_the_mean_elsewhere_is_that_of_what_is_no_matrix():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    experts = [{n: t + 0.1 * torch.randn(t.shape) for n, t in base.items()} for _ in range(3)]
+    suite = Suite("one", "loss", 0, ("a", "b", "c"), model, base, experts, {})
+    knobs = {"density": 0.5, "lambda": 0.7}
+    (ours,) = (m for m in without_data.methods_of("encoder") if m.name == without_data.OURS)
+    whole, found = ours.merge(suite, knobs), without_data.MEAN_ELSEWHERE.merge(suite, knobs)
+    assert torch.equal(found["1.weight"], whole["1.weight"])
+    for name in ("0.weight", "1.bias"):
+        mean = torch.stack([expert[name] for expert in experts]).mean(0)
+        torch.testing.assert_close(found[name], base[name] + 0.7 * (mean - base[name]))
+        assert not torch.allclose(found[name], whole[name])
+
+
 @pytest.mark.slow
 def test_texts_of_classes(few_files):
     for task, classes in sources.CLASSES.items():
@@ -342,7 +368,7 @@ def tiny_decoder(monkeypatch):
 @pytest.mark.usefixtures("tiny_decoder")
 def test_a_record_of_a_decoder(tmp_path, monkeypatch):
     """Merges go from folders through mergekit's own command, and are those made in memory."""
-    ours = {method.name: method for method in without_data.WITHOUT_DATA}[without_data.OURS]
+    ours = {method.name: method for method in without_data.methods_of("decoder")}[without_data.OURS]
     some = (methods.LINEAR, methods.TIES, methods.PCB, ours)
     monkeypatch.setattr(experiments, "methods_of", lambda _: some)
     forked.inside(monkeypatch, methods)

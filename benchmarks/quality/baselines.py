@@ -18,17 +18,19 @@ Part = Literal["intra", "inter", "drop", "rescale"]
 CLIP = 1e-4
 
 
-def fisher(suite: Suite, coefficients: Sequence[float] | None = None) -> StateDict:
+def fisher(suite: Suite, floor: float, coefficients: Sequence[float] | None = None) -> StateDict:
     """The experts' mean, each value weighed by the diagonal of its expert's Fisher information.
 
-    Each diagonal is scaled to norm one; 1e-6 more leaves at their mean the values that no expert
-    depends on. ``coefficients`` multiply the weights, one per expert; all are 1 unless given.
+    Each diagonal is scaled to norm one; ``floor`` more leaves at their mean the values that no
+    expert depends on. (Its authors take 1e-6 for the least information of the first model alone,
+    which is the one that matters to them, and before scaling.) ``coefficients`` multiply the
+    weights, one per expert; all are 1 unless given.
     """
     factors = torch.tensor(coefficients or [1.0] * len(suite.experts))
     importances = [_fisher(suite, number) for number in range(len(suite.experts))]
     merged = {}
     for name in suite.base:
-        weights = torch.stack([importance[name] for importance in importances]) + 1e-6
+        weights = torch.stack([importance[name] for importance in importances]) + floor
         weights *= factors.view(-1, *[1] * suite.base[name].ndim)
         values = torch.stack([expert[name] for expert in suite.experts])
         merged[name] = (weights * values).sum(0) / weights.sum(0)

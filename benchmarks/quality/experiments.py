@@ -40,7 +40,6 @@ from benchmarks.quality.methods import (
     best_of,
 )
 from benchmarks.quality.suite import Schedule, Sizes, StateDict, Suite
-from benchmarks.quality.without_data import WITHOUT_DATA
 from benchmarks.quality.work import Work
 from mergekit_pcb import Contributions, adamerge, combine, contributions
 from mergekit_pcb.errors import PCBError
@@ -278,7 +277,9 @@ READY: dict[str, Callable[[pathlib.Path], None]] = {
 
 def methods_of(name: str) -> Sequence[Method]:
     """What is tried on a suite: those of models from nothing have a benchmark of their own."""
-    return METHODS if name in FROM_NOTHING else (*METHODS, *WITHOUT_DATA)
+    if name in FROM_NOTHING:
+        return METHODS
+    return (*METHODS, *without_data.methods_of(name), without_data.MEAN_ELSEWHERE)
 
 
 def code() -> str:
@@ -454,10 +455,7 @@ def run(name: str, seed: int, tier_name: str, work: Work) -> Record:
 
 
 def _weighted(suite: Suite, best: dict[str, Knobs], budget: int, seed: int) -> Chosen:
-    """Per-task weights by CMA-ES, around the best setting: PCB's, task arithmetic's and Fisher's.
-
-    Fisher merging has no other published knobs than these.
-    """
+    """Weights by CMA-ES around the best setting: PCB's, task arithmetic's and Fisher's."""
     chosen = Chosen(suite)
     for method in (TASK_ARITHMETIC, PCB, PCB_MODEL, FISHER) if budget else ():
         knobs = best[method.name]
@@ -487,7 +485,7 @@ def _by_weights(
 ) -> Callable[[Sequence[float]], StateDict]:
     """A method's merge as a function of its weights: of importances, contributions, or vectors."""
     if method is FISHER:
-        return partial(baselines.fisher, suite)
+        return partial(baselines.fisher, suite, knobs["floor"])
     if method is TASK_ARITHMETIC:
         parts = Contributions(
             [

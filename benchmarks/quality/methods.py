@@ -192,7 +192,11 @@ LINEAR = Method(
 )
 TASK_ARITHMETIC = _task_vectors("task_arithmetic", _lambda(0.4))
 TIES = _task_vectors("ties", _density(0.2), _lambda(1.0))
-FISHER = Method("Fisher", (), lambda suite, _: baselines.fisher(suite))
+FISHER = Method(
+    "Fisher",
+    (Choice("floor", 1e-6, (1e-10, 1e-8, 1e-6)),),
+    lambda suite, k: baselines.fisher(suite, k["floor"]),
+)
 METHODS: Sequence[Method] = (
     LINEAR,
     Method(

@@ -40,7 +40,7 @@ from benchmarks.quality.methods import (
     best_of,
 )
 from benchmarks.quality.suite import DISTANCES, Distance
-from benchmarks.quality.without_data import WITHOUT_DATA, matrices_of
+from benchmarks.quality.without_data import matrices_of
 from mergekit_pcb.files import write_text
 
 
@@ -74,7 +74,7 @@ METHODS_OF_THIS: Sequence[Method] = (
     TIES,
     PCB,
     *(method for method in METHODS if method.name == "RegMean"),
-    *WITHOUT_DATA,
+    *without_data.methods_of("glyphs"),
 )
 
 

@@ -80,6 +80,16 @@ def _found(method: str, rest: Callable[..., torch.Tensor] | None = None) -> Find
     return find
 
 
+def _mean_elsewhere(suite: Suite, knobs: Knobs) -> StateDict:
+    """Ours, but for what is no matrix: its mean, which is what the rivals have there."""
+    merged = _OURS.merge(suite, knobs)
+    scale, matrices = knobs["lambda"] / len(suite.experts), set(matrices_of(suite))
+    for name in suite.base.keys() - matrices:
+        base = suite.base[name]
+        merged[name] = base + scale * sum(expert[name] - base for expert in suite.experts)
+    return merged
+
+
 def _svc(suite: Suite, knobs: Knobs) -> StateDict:
     return datafree.merge(
         "svc", suite.base, suite.experts, matrices_of(suite), scale=knobs["lambda"]
@@ -96,20 +106,29 @@ def forget() -> None:
     _parts.cache_clear()
 
 
+_OURS = _ours(OURS, "solve", None)
+#: Ours and its rivals differ in embeddings, too; this one does not.
+MEAN_ELSEWHERE = Method(f"{OURS}, mean elsewhere", PCB.knobs, _mean_elsewhere)
+
+
 #: Two changes favour WUDI-Merging. Its authors leave what is no matrix at the base's values, and
 #: here it gets the mean, as the others do; and their rate of 1e-5 belongs to smaller task vectors:
 #: on seeds that are not reported 1e-4 was better by far, and so comes first here.
-WITHOUT_DATA: Sequence[Method] = (
-    _scaled("ACTMat", _found("actmat")),
-    _scaled("ACE-Merging", _found("ace"), Choice("eps", 1e-5, (1e-5, 2e-4, 4e-2))),
-    _scaled(
-        "WUDI-Merging", _found("wudi", datafree.mean), Choice("rate", 1e-4, (1e-5, 1e-4, 1e-3))
-    ),
-    _scaled("Iso-C", _found("iso_c")),
-    _scaled("TSV-M", _found("tsv_m")),
-    Method("SVC", (Knob("lambda", 0.3, 0.1, 3.0),), _svc),
-    _ours("pcb, refine: solve, spectrum: 1", "solve", 1.0),
-    _ours("pcb, spectrum: auto", "none", "auto"),
-    _scaled("task_arithmetic + solve + spectrum", _other_prior),
-    _ours(OURS, "solve", None),
-)
+_WUDI = Choice("rate", 1e-4, (1e-5, 1e-4, 1e-3, 1e-2))
+
+
+def methods_of(suite: str) -> Sequence[Method]:
+    """All of them, with what their authors say of a kind of models."""
+    eps = 2e-4 if suite == "encoder" else 1e-5  # what ACE-Merging's have for RoBERTa
+    return (
+        _scaled("ACTMat", _found("actmat")),
+        _scaled("ACE-Merging", _found("ace"), Choice("eps", eps, (1e-5, 2e-4, 4e-2))),
+        _scaled("WUDI-Merging", _found("wudi", datafree.mean), _WUDI),
+        _scaled("Iso-C", _found("iso_c")),
+        _scaled("TSV-M", _found("tsv_m")),
+        Method("SVC", (Knob("lambda", 0.3, 0.1, 3.0),), _svc),
+        _ours("pcb, refine: solve, spectrum: 1", "solve", 1.0),
+        _ours("pcb, spectrum: auto", "none", "auto"),
+        _scaled("task_arithmetic + solve + spectrum", _other_prior),
+        _OURS,
+    )
