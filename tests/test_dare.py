@@ -83,19 +83,13 @@ PI = (0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E
     ],
     ids=["zeros", "ones", "pi"],
 )
-@pytest.mark.parametrize("stream", ["quick", "raw"])
-def test_known_answers_of_random123(monkeypatch, stream, counter, key, expected):
+def test_known_answers_of_random123(counter, key, expected):
     """The vectors of its kat_vectors for philox4x64 with ten rounds, through what masks draw."""
-    monkeypatch.setattr(dare, "_same_stream", lambda: stream == "quick")
     number = sum(word << 64 * place for place, word in enumerate(counter))
     drawn = dare.draw(key[0] + (key[1] << 64), (number - 1) % 2**256, 16).tolist()
     found = [sum(w << 16 * i for i, w in enumerate(drawn[k : k + 4])) for k in (0, 4, 8, 12)]
     assert tuple(found) == expected
     assert philox(counter, key) == expected
-
-
-def test_numpys_quick_stream_is_its_raw_one():
-    assert dare._same_stream()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -185,21 +185,8 @@ compare: Callable[[int, int, int, int], tuple[Any, Any]] = against
 
 def draw(philox_key: int, counter: int, count: int) -> Any:
     """Words of 16 bits from a counter on; numpy's generator adds one to it before it draws."""
-    philox, numbers = numpy.random.Philox(key=philox_key, counter=counter), -(-count // 4)
-    # numpy promises the stream of random_raw alone. The other lets threads run beside it.
-    drawn = _quick(philox, numbers) if _same_stream() else philox.random_raw(numbers)
+    drawn = numpy.random.Philox(key=philox_key, counter=counter).random_raw(-(-count // 4))
     return drawn.astype("<u8", copy=False).view("<u2")[:count]
-
-
-def _quick(philox: Any, numbers: int) -> Any:
-    generator = numpy.random.Generator(philox)
-    return generator.integers(2**64 - 1, size=numbers, dtype=numpy.uint64, endpoint=True)
-
-
-@functools.cache
-def _same_stream() -> bool:
-    quick, raw = (numpy.random.Philox(key=1) for _ in range(2))
-    return numpy.array_equal(_quick(quick, 64), raw.random_raw(64))
 
 
 def unpack(packed: Any, skipped: int, *, out: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,6 @@ class Balance:
     peak: float = 0.0
 
     @property
-    def width(self) -> float:
-        return self.high - self.low
-
-    @property
     def constant(self) -> bool:
         """Every magnitude clamps to one value: intra-balancing has nothing to tell apart."""
         return not self.low < self.high
@@ -73,7 +69,7 @@ def magnitude(tau: torch.Tensor, balance: Balance, *, out: torch.Tensor) -> torc
 
 def factor(balance: Balance, tasks: int) -> float:
     """What takes a clamped magnitude above ``low`` to the root of its exponent of two."""
-    return math.sqrt(tasks * LOG2_E) / balance.width
+    return math.sqrt(tasks * LOG2_E) / (balance.high - balance.low)
 
 
 def score(

@@ -21,7 +21,7 @@ import torch
 from mergekit_pcb.core import dare, pools, ranks, rehearsal
 from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
 from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU, current
-from mergekit_pcb.core.threads import Lines, Open, Room
+from mergekit_pcb.core.threads import Lines, Open, Room, Tally
 from mergekit_pcb.core.vectors import Aligned
 
 LOG = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Fused:
         lines, largest = Lines(open_), [0]
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
-            tally = lines.tally(room)
+            tally = Tally(lines, room)
             own = room.tau, room.values, room.bits
             for first, end in pieces:
                 inputs, start = self._inputs(room, first, end), first
@@ -147,7 +147,7 @@ class Fused:
         peaks: list[Any] = []
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
-            tally = lines.tally(room)
+            tally = Tally(lines, room)
             most = numpy.full(self._count, -math.inf, "f4")
             own = room.tau, room.total, table, room.values, room.bits, *room.products, most
             for first, end in pieces:

@@ -39,13 +39,11 @@ class OnGPU:
         self._device, self._tasks = aligned.base.device, len(aligned.tasks)
 
     def magnitudes(self, open_: Open) -> float:
-        """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
         most = self._integers(PROGRAMS, fill=0)
         self._count(self._kernels.walk_magnitudes, open_, most)
         return float(most.amax().view(torch.float32))
 
     def scores(self, open_: Open, intervals: Sequence[Balance]) -> list[float]:
-        """Show the statistics all scores; the largest of each task."""
         most = self._integers(PROGRAMS, self._tasks, fill=-(2**31) + 1)
         table = self._balances(intervals, len(intervals), [0.0] * self._tasks)
         self._count(self._kernels.walk_scores, open_, table, most)
@@ -57,10 +55,6 @@ class OnGPU:
     def merge(
         self, balances: Sequence[Balance], tasks: int, factors: Sequence[float], out: torch.Tensor
     ) -> bool:
-        """Write ``b − Σ_i factor_i w_i τ̂_i / max(Σ_i w_i, 1e-12)``; whether ``out`` can hold it.
-
-        ``out`` has the inputs' dtype.
-        """
         most = self._integers(PROGRAMS, fill=0)
         table = self._balances(balances, tasks, factors)
         more = {"FROM_BASE": True, "NEAR": _near(balances)}
@@ -75,10 +69,6 @@ class OnGPU:
         begin: int,
         out: torch.Tensor,
     ) -> None:
-        """Write ``Σ_i factor_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of elements from ``begin`` on.
-
-        ``out`` is in float32, as long as there are elements, and ``begin`` a multiple of 8.
-        """
         table, most = self._balances(balances, tasks, factors), self._integers(1, fill=0)
         more = {"begin": begin, "end": begin + len(out), "NEAR": _near(balances)}
         self._launch(self._kernels.walk_merge, table, out, most, FROM_BASE=False, **more)

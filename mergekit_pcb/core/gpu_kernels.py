@@ -9,9 +9,6 @@ each once a walk. What it counts goes to places of its own.
 a byte and the lowest first. ``factors`` are one over the density.
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, assignment"
-# mypy: disable-error-code="unused-ignore"
-
 from __future__ import annotations
 
 import numpy

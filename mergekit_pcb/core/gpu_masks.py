@@ -1,7 +1,5 @@
 """DARE's masks, drawn on a GPU by Triton: the bits are those of ``dare.py``."""
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, unused-ignore"
-
 from __future__ import annotations
 
 import triton

@@ -3,9 +3,6 @@
 Also how functions are compiled. Importing this module takes numba.
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
-# mypy: disable-error-code="attr-defined, unreachable, unused-ignore"
-
 from __future__ import annotations
 
 import hashlib

@@ -7,9 +7,6 @@ whose order is that of numbers from 0 on, and which compilers compare by vectors
 them.
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
-# mypy: disable-error-code="attr-defined, unreachable, unused-ignore"
-
 from __future__ import annotations
 
 from typing import Any

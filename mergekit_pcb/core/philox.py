@@ -1,8 +1,5 @@
 """The numbers of Philox4x64-10 against a threshold, compiled: the bits are those of ``dare.py``."""
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
-# mypy: disable-error-code="attr-defined, unreachable, unused-ignore, var-annotated"
-
 from __future__ import annotations
 
 from typing import Any

@@ -6,7 +6,7 @@ what each task contributes can be summed; the spectrum (``spectrum.py``) is a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,8 @@ def refined(
         if own.changed:
             exponent = _exponent(own, refinement)
             (found,) = _unevened(matrix, own, statistics, [weights], refinement)
-            own_memory = evened(found, refinement.layout, exponent, aligned.name, even_)
-            yield Refined(matrix, exponent, own.agreement, own_memory)
+            merged = evened(found, refinement.layout, exponent, aligned.name)
+            yield Refined(matrix, exponent, own.agreement, merged)
 
 
 def contributions(
@@ -115,7 +115,7 @@ def contributions(
 
 
 def apply(spectrum: Spectrum, summed: torch.Tensor, name: str) -> torch.Tensor:
-    """Even the sum of contributions to a tensor; a new flat one."""
+    """Even the sum of contributions to a tensor, flat; its memory may be used."""
     layout = spectrum.layout
     parts = torch.split(summed, layout.elements)
     return torch.cat(
@@ -126,16 +126,10 @@ def apply(spectrum: Spectrum, summed: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
-def evened(
-    flat: torch.Tensor,
-    layout: Layout,
-    exponent: float,
-    name: str,
-    step: Callable[[torch.Tensor, float], torch.Tensor] = even,
-) -> torch.Tensor:
+def evened(flat: torch.Tensor, layout: Layout, exponent: float, name: str) -> torch.Tensor:
     """One matrix with its singular values raised to ``exponent``, norm kept; as it is for 1.
 
-    ``step`` is :func:`even_` where the memory of ``flat`` may be used.
+    The memory of ``flat`` may be used, unless it requires gradients.
     """
     if exponent == 1:
         return flat
@@ -144,7 +138,7 @@ def evened(
     if not torch.isfinite(flat).all():
         raise OutOfRangeError(name)
     try:
-        return step(rows, exponent).reshape(-1)
+        return (even if flat.requires_grad else even_)(rows, exponent).reshape(-1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise NotSolvableError(name, "its singular values do not converge") from None
 

@@ -17,8 +17,7 @@ from mergekit_pcb.core.vectors import Aligned
 
 # Elements of each task in the sample that guesses where thresholds lie: a share of the two-thirds
 # power of all, which balances looking at a sample against keeping what its guess leaves open (one
-# or two in a hundred of a large tensor), up to 4 MiB a task. It decides about work, never about the
-# answer.
+# or two in a hundred of a large tensor), up to 4 MiB a task.
 SAMPLE_SHARE = 0.35
 LARGEST_SAMPLE = 1 << 20
 # Up to so many elements a processor is quicker to keep all values than to guess.

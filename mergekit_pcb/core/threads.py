@@ -61,9 +61,6 @@ class Lines:
         self.rows = numpy.array([task for task, own in open_.items() for _ in own], numpy.int64)
         self.lock = threading.Lock()
 
-    def tally(self, room: Room) -> Tally:
-        return Tally(self, room)
-
 
 class Tally:
     """What one thread has seen since it last gave it to the statistics."""

@@ -174,7 +174,7 @@ def chunk_elements(device: torch.device) -> int:
 
 def scratch_chunks(tasks: int) -> int:
     """How many buffers of a chunk's length measuring and merging use at most."""
-    named = 10  # see the names given to Scratch
+    named = 9  # see the names given to Scratch
     return named + min(tasks, KEPT_TASK_VECTORS) + (tasks > KEPT_TASK_VECTORS)
 
 

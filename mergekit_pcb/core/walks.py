@@ -3,9 +3,6 @@
 What they make of a block stays in a core's cache. Nothing is compiled before it is called.
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, no-untyped-def, call-arg"
-# mypy: disable-error-code="attr-defined, unreachable, unused-ignore"
-
 from __future__ import annotations
 
 from typing import Any

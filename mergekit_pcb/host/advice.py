@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from mergekit_pcb.errors import printable
 from mergekit_pcb.host import refined
 from mergekit_pcb.host.inputs import loaders
+from mergekit_pcb.host.kinds import some
 from mergekit_pcb.host.parameters import density_remarks, ignored
-from mergekit_pcb.host.plan import Plan
+from mergekit_pcb.host.plan import Plan, sources_of
 
 LOG = logging.getLogger(__name__)
 #: Of this process: which ignored parameters were named, and of which models.
@@ -38,7 +39,7 @@ def give(plan: Plan, configuration: BaseModel) -> None:
     What mergekit ignores is said once in a process of the same models: mergekit-evolve writes such
     parameters into the configuration of every candidate.
     """
-    if getattr(plan.options, "advise", True):
+    if plan.options.advise:
         document, models = configuration.model_dump(), (str(plan.base), *map(str, plan.models))
         new = [one for one in ignored_in(document) if (one, *models) not in _said]
         _said.update((one, *models) for one in new)
@@ -118,8 +119,7 @@ def _seed_remark(plan: Plan) -> str:
 def _merged_before(plan: Plan) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Models that mergekit made, and the configurations it left beside them."""
     for model in plan.models if not plan.is_raw else ():
-        folder: Any = getattr(model, "model", None)
-        file = pathlib.Path(str(getattr(folder, "path", ""))) / "mergekit_config.yml"
+        file = pathlib.Path(model.model.path) / "mergekit_config.yml"
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -130,10 +130,9 @@ def _merged_before(plan: Plan) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _left_out_remark(plan: Plan) -> str:
     names = left_out(plan)
-    more = ", …" if len(names) > 3 else ""
     return (
         f"mergekit leaves {len(names)} tensors of {plan.base} out of the result "
-        f"({', '.join(names[:3])}{more}); if the model needs them, see which command merges it in "
+        f"({some(names)}); if the model needs them, see which command merges it in "
         "docs/models.md of mergekit-pcb"
         if names
         else ""
@@ -157,8 +156,7 @@ def left_out(plan: Plan) -> list[str]:
         return sorted(set(present) - {task.output_weight.name for task in plan.tasks})
     planned: set[str] = set()
     for task in plan.tasks:
-        load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-        info = load.weight_info[task.base_model]
+        info = sources_of(task)[task.base_model]
         names = [info.name, *(info.aliases or ()), *(info.tied_names or ())]
         if not info.optional and not any(name in present for name in names):
             return []

@@ -25,7 +25,7 @@ from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import damage
 from mergekit_pcb.host.groups import CONSTANT, aligned, check_shapes
 from mergekit_pcb.host.method import PCBMerge
-from mergekit_pcb.host.plan import Plan
+from mergekit_pcb.host.plan import Plan, sources_of
 
 Tensors = Mapping[Any, torch.Tensor | None]
 TOKENIZER_FILES = (
@@ -105,24 +105,18 @@ class Inputs:
                 obstacle = obstacle or error
             if self._is_infinite(name, present):
                 continue
-            if self._takes_part(task, tensors):
+            floating = all(tensor.is_floating_point() for tensor in present)
+            alike = len(present) == len(task.model_order) and len({t.shape for t in present}) == 1
+            if floating and alike:
                 sizes[name] = Size(
                     present[0].numel(),
                     present[0].ndim,
                     sum(tensor.nbytes for tensor in present),
                     any(tensor.dtype == torch.float64 for tensor in present),
                 )
-            elif all(tensor.is_floating_point() for tensor in present):
+            elif floating:
                 rest.append(name)
         return sizes, rest, obstacle
-
-    def _takes_part(self, task: ExecuteMergeMethodTask, tensors: Tensors) -> bool:
-        present = _present(tensors)
-        return (
-            len(present) == len(task.model_order)
-            and all(tensor.is_floating_point() for tensor in present)
-            and len({tensor.shape for tensor in present}) == 1
-        )
 
     def _is_infinite(self, name: str, present: Sequence[torch.Tensor]) -> bool:
         """Whether it is a constant of a mask, one number, that is infinite as it is merged."""
@@ -163,11 +157,9 @@ class Inputs:
     def layout(self) -> Iterable[str]:
         """Which tensors of the inputs make which of the output, a line each, sorted by name."""
         models = (self.plan.base, *self.plan.models)
-        loads = {task.output_weight.name: task.gather_tensors for task in self.plan.tasks}
+        tasks = {task.output_weight.name: task for task in self.plan.tasks}
         for name in sorted(self.sizes):
-            load: Any = loads[name]
-            how = _vocabulary(load, models)
-            infos = getattr(getattr(load, "gather_tensors", load), "weight_info", None)
+            how, infos = _vocabulary(tasks[name].gather_tensors, models), sources_of(tasks[name])
             sources = [infos[model].name for model in models] if infos is not None else []
             yield json.dumps([name, self.sizes[name].elements, sources, how])
 

@@ -31,7 +31,6 @@ from mergekit_pcb import _autoload
 from mergekit_pcb.core import merge, refine
 from mergekit_pcb.core.measure import Statistics, check_finite, finite, measure_together
 from mergekit_pcb.core.refine import Refinement, Spectrum
-from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import (
@@ -46,6 +45,7 @@ from mergekit_pcb.host.groups import (
 )
 from mergekit_pcb.host.kinds import Kind, assumed, fitted, layout_of, unrefined
 from mergekit_pcb.host.parameters import (
+    MODEL,
     PARAMETERS,
     Values,
     density_remarks,

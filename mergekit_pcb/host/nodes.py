@@ -15,11 +15,11 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import ConfigDict
 
-from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.host.groups import check_shapes, is_constant, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import KNOWN, Known
+from mergekit_pcb.host.parameters import MODEL
 from mergekit_pcb.host.plan import Plan, models_of
 from mergekit_pcb.host.read_ahead import what_follows
 from mergekit_pcb.host.whole_model import Measured, statistics_of
@@ -79,7 +79,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
             models_of(self),
             measured.statistics if measured else None,
             self.output_weight.name in measured.names if measured else False,
-            getattr(self.plan.options, "observe", None),
+            self.plan.options.observe,
             self.kind,
             self.shape,
         )

@@ -3,39 +3,87 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import reprlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
-from mergekit_pcb.core import rules
+from mergekit_pcb.core.dare import SMALLEST_DENSITY
 from mergekit_pcb.core.matrices import Layout
 from mergekit_pcb.core.measure import Recipe
 from mergekit_pcb.core.refine import Refinement
-from mergekit_pcb.core.rules import AUTO, MODEL, SOLVE, TENSOR, Rule
 from mergekit_pcb.errors import PCBError
 
 _SHORT = reprlib.Repr()  # what a user gave may be long
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 
-@dataclass(frozen=True)
-class Parameter(ParameterSpec):
-    """A parameter whose error names it and a remedy; pydantic's own names neither."""
+#: A matrix keeps PCB's merge, or is solved for.
+NONE, SOLVE = "none", "solve"
+#: The exponent of singular values follows from the task vectors.
+AUTO = "auto"
+#: Elements compete within their tensor, or within the whole model.
+TENSOR, MODEL = "tensor", "model"
 
-    rule: Rule | None = None
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter(ParameterSpec):
+    """A parameter whose error names it and a remedy; pydantic's own names neither.
+
+    ``read`` turns what a user gave into the value; it raises ``ValueError``, ``TypeError`` or
+    ``OverflowError`` for what the parameter cannot be. ``because`` and ``remedy`` are the halves of
+    the sentence that refuses it.
+    """
+
+    read: Callable[[Any], Any]
+    because: str
+    remedy: str
 
     def validate(self, value: Any) -> Any:
-        assert self.rule is not None  # noqa: S101 - every parameter below has one
         try:
-            return self.rule.read(value)
+            return self.read(value)
         except (TypeError, ValueError, OverflowError):
             raise PCBError(
-                f"use {self.name}: {_SHORT.repr(value)}", self.rule.because, self.rule.remedy
+                f"use {self.name}: {_SHORT.repr(value)}", self.because, self.remedy
             ) from None
+
+
+def _number(accepts: Callable[[float], bool]) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        """Accept numbers and, because YAML reads ``1e-4`` as text, numerals."""
+        number = math.nan if isinstance(value, bool) else float(value)
+        if not accepts(number):
+            raise ValueError(value)
+        return number
+
+    return read
+
+
+def _whole_number(value: Any) -> int:
+    number = int(value)
+    exact = isinstance(value, str) or number == value
+    if isinstance(value, bool) or not exact or not -(2**63) <= number < 2**63:
+        raise ValueError(value)
+    return number
+
+
+def _exponent(value: Any) -> float | str | None:
+    if value is None or value == AUTO:
+        return value  # type: ignore[no-any-return]
+    return _between_0_and_1(value)
+
+
+def _word(*words: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in words:
+            raise ValueError(value)
+        return str(value)
+
+    return read
 
 
 def _path(value: Any) -> str:
@@ -44,26 +92,122 @@ def _path(value: Any) -> str:
     return os.fspath(value)
 
 
-#: Without a rule of the mathematics: a merge in memory has no files.
-STATISTICS = Rule(_path, "", "it has to be the path of a file", "write a path")
-
-
+_between_0_and_1 = _number(lambda value: 0 <= value <= 1)
 _SHARED, _TASK = ParameterScope.SHARED, ParameterScope.NON_BASE
-PARAMETERS = tuple(
-    Parameter(name, kind, scope, rule.default, description, rule=rule)
-    for name, kind, scope, rule, description in (
-        ("density", float, _TASK, rules.DENSITY, "fraction of a task's elements that keep weight"),
-        ("weight", float, _TASK, rules.WEIGHT, "coefficient of a task"),
-        ("lambda", float, _SHARED, rules.LAMBDA, "scale of the merged task vector"),
-        ("clip", float, _SHARED, rules.CLIP, "fraction of the magnitudes clamped at each end"),
-        ("dare_density", float, _TASK, rules.DARE_DENSITY, "fraction that DARE keeps before PCB"),
-        ("seed", int, _SHARED, rules.SEED, "which elements DARE keeps"),
-        ("refine", str, _SHARED, rules.REFINE, "whether matrices are solved for, held to PCB"),
-        ("anchor", float, _SHARED, rules.ANCHOR, "how strongly they are held to PCB"),
-        ("spectrum", Any, _SHARED, rules.SPECTRUM, "exponent of a merged matrix's singular values"),
-        ("scope", str, _SHARED, rules.SCOPE, "how far elements compete: a tensor or the model"),
-        ("statistics", str, _SHARED, STATISTICS, "statistics of a whole model measured before"),
-    )
+PARAMETERS = (
+    Parameter(
+        "density",
+        float,
+        _TASK,
+        0.1,
+        "fraction of a task's elements that keep weight",
+        read=_between_0_and_1,
+        because="density is the fraction of a task vector's elements that keep weight",
+        remedy="write a number from 0 (nothing is kept) to 1; small ones such as 0.1 work best",
+    ),
+    Parameter(
+        "weight",
+        float,
+        _TASK,
+        1.0,
+        "coefficient of a task",
+        read=_number(math.isfinite),
+        because="weight is a task's coefficient and has to be a finite number",
+        remedy="write a number such as 1.0, or leave it out",
+    ),
+    Parameter(
+        "lambda",
+        float,
+        _SHARED,
+        1.0,
+        "scale of the merged task vector",
+        read=_number(math.isfinite),
+        because="lambda scales the merged task vector and has to be a finite number",
+        remedy="write one number such as 1.0 under the top-level `parameters:`",
+    ),
+    Parameter(
+        "clip",
+        float,
+        _SHARED,
+        1e-4,
+        "fraction of the magnitudes clamped at each end",
+        read=_number(lambda value: 0 <= value < 0.5),
+        because="clip is the fraction of a task vector's magnitudes clamped at each end",
+        remedy="write a number from 0 to less than 0.5, such as 0.0001",
+    ),
+    Parameter(
+        "dare_density",
+        float,
+        _TASK,
+        1.0,
+        "fraction that DARE keeps before PCB",
+        read=_number(lambda value: SMALLEST_DENSITY <= value <= 1),
+        because="dare_density is the probability that an element of a task vector is kept",
+        remedy="write a number above 0 (and not below 2e-9) up to 1, which switches DARE off",
+    ),
+    Parameter(
+        "seed",
+        int,
+        _SHARED,
+        0,
+        "which elements DARE keeps",
+        read=_whole_number,
+        because="seed chooses the elements that DARE keeps and is a whole number of 64 bits",
+        remedy="write a whole number such as 0",
+    ),
+    Parameter(
+        "refine",
+        str,
+        _SHARED,
+        NONE,
+        "whether matrices are solved for, held to PCB",
+        read=_word(NONE, SOLVE),
+        because="matrices keep PCB's merge or are solved for, held to it",
+        remedy="write none or solve",
+    ),
+    Parameter(
+        "anchor",
+        float,
+        _SHARED,
+        0.1,
+        "how strongly they are held to PCB",
+        read=_number(lambda value: 0 < value < math.inf),
+        because="anchor is how strongly the solved matrices are held to PCB's merge",
+        remedy="write a number above 0, such as 0.1",
+    ),
+    Parameter(
+        "spectrum",
+        Any,
+        _SHARED,
+        None,
+        "exponent of a merged matrix's singular values",
+        read=_exponent,
+        because=(
+            "spectrum is the exponent of a merged matrix's singular values, from 0 (all alike) to "
+            "1 (untouched), or auto"
+        ),
+        remedy="write auto or a number from 0 to 1",
+    ),
+    Parameter(
+        "scope",
+        str,
+        _SHARED,
+        TENSOR,
+        "how far elements compete: a tensor or the model",
+        read=_word(TENSOR, MODEL),
+        because="elements are ranked within their tensor or within the whole model",
+        remedy="write tensor or model",
+    ),
+    Parameter(
+        "statistics",
+        str,
+        _SHARED,
+        "",
+        "statistics of a whole model measured before",
+        read=_path,
+        because="it has to be the path of a file",
+        remedy="write a path",
+    ),
 )
 SPECS = {spec.name: spec for spec in PARAMETERS}
 

@@ -2,7 +2,7 @@
 
 mergekit hands a method one tensor at a time. What it will hand over, in which shape and from
 which models, stands in the tasks that its planner makes. A plan holds those of one merge and
-refuses what would make "the whole model" ambiguous. It reads nothing.
+refuses what would make "the whole model" ambiguous. It reads no tensor.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_pcb.core.measure import Recipe
-from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.architecture import Architecture, architecture_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import Prepared
-from mergekit_pcb.host.parameters import SPECS, Values, one_recipe, recipe_of, refines, scope_of
+from mergekit_pcb.host.parameters import (
+    MODEL,
+    SPECS,
+    Values,
+    one_recipe,
+    recipe_of,
+    refines,
+    scope_of,
+)
 
 
 class PlanOptions(MergeOptions):
@@ -55,7 +62,7 @@ class Plan:
         out_dtype: str | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
-        self.options = options
+        self.options = options if isinstance(options, PlanOptions) else PlanOptions.of(options)
         #: What mergekit casts results to, if the configuration names it.
         self.out_dtype = _dtype("out_dtype", out_dtype)
         self._check_inputs()
@@ -210,9 +217,14 @@ def _dtype(field: str, name: str | None) -> torch.dtype | None:
 
 def _name_in_base(task: ExecuteMergeMethodTask) -> str:
     """What the base calls a planned tensor; slices may have moved it to another layer."""
-    load: Any = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
-    infos = getattr(load, "weight_info", None)
+    infos = sources_of(task)
     return str((task.output_weight if infos is None else infos[task.base_model]).name)
+
+
+def sources_of(task: ExecuteMergeMethodTask) -> Any:
+    """What a planned tensor is called in each model; ``None`` in a plan of mergekit-pytorch."""
+    load = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+    return getattr(load, "weight_info", None)
 
 
 def models_of(task: ExecuteMergeMethodTask) -> tuple[Any, ...]:

@@ -22,7 +22,6 @@ from mergekit.graph import Executor, Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
@@ -118,11 +117,11 @@ def expect(function: Callable[..., Any], parameters: list[str]) -> None:
         raise RuntimeError("mergekit's ExecuteMergeMethodTask has other fields than in 0.1.5")
 
 
-def _planned(tasks: Any, options: MergeOptions, configuration: BaseModel) -> list[MergeTensor]:
+def _planned(tasks: Any, options: MergeOptions, configuration: Any) -> list[MergeTensor]:
     if not tasks:
         return []
-    plan = Plan(tasks, options, getattr(configuration, "out_dtype", None))
-    if getattr(options, "runs", True) and not plan.device_is_there:
+    plan = Plan(tasks, options, configuration.out_dtype)
+    if plan.options.runs and not plan.device_is_there:
         raise PCBError(
             f"merge on {plan.device}",
             f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here",

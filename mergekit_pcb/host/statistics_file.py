@@ -6,6 +6,7 @@ not fit can refuse it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -159,14 +160,10 @@ def compose(
         base=base,
         tasks=[
             Task(
-                model=task.model,
-                files=task.files,
+                **dict(task),
                 density=density,
                 dare_density=mask.density if mask is not None else 1.0,
-                low=balance.low,
-                high=balance.high,
-                threshold=balance.threshold,
-                peak=balance.peak,
+                **dataclasses.asdict(balance),
             )
             for task, density, mask, balance in zip(
                 tasks, recipe.densities, recipe.dare, statistics.balances, strict=True

@@ -43,7 +43,6 @@ def statistics_of(inputs: Inputs) -> Measured:
     Measured on the merge's device, with a progress bar on a terminal unless the options say
     quiet; or read from the configuration's ``statistics``, if they fit.
     """
-    _recipe_of(inputs)
     inputs.refuse_unmergeable()
     for name in inputs.left_aside:
         LOG.warning(

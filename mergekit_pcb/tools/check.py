@@ -19,12 +19,12 @@ from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from mergekit.scripts import multimerge
 from pydantic import BaseModel
 
-from mergekit_pcb.core.rules import MODEL
 from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, working_dtype
 from mergekit_pcb.errors import PCBError, is_hosts, one_line
 from mergekit_pcb.files import size
 from mergekit_pcb.host import advice, refined, whole_model
 from mergekit_pcb.host.inputs import Inputs, group_of, refuse_unmergeable
+from mergekit_pcb.host.parameters import MODEL
 from mergekit_pcb.host.plan import Plan, PlanOptions
 from mergekit_pcb.host.planning import plan_without_merging
 from mergekit_pcb.tools import check_base
@@ -34,7 +34,6 @@ from mergekit_pcb.tools.check_text import (
     check_document,
     check_names,
     check_paths,
-    dtype_of,
     entries,
     filters,
 )
@@ -193,7 +192,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
                 rounded.setdefault(str(model), str(own.dtype).removeprefix("torch."))
         read += sum(own.nbytes for own in present.values())
         elements += tensor.numel()
-        out = dtype_of(document.get("out_dtype")) or cast
+        out = plan.out_dtype or cast
         written += tensor.numel() * out.itemsize
         chunk = min(tensor.numel(), chunk_elements(plan.device))
         scratch = scratch_chunks(len(present) - 1) * chunk

@@ -31,9 +31,6 @@ from mergekit_pcb.files import seen
 from mergekit_pcb.host.parameters import SPECS, ignored, suggestion
 from mergekit_pcb.host.planning import is_raw, named_models
 
-ERROR: Literal["error"] = "error"
-WARNING: Literal["warning"] = "warning"
-
 
 class UniqueKeys(yaml.SafeLoader):
     """YAML in which no key stands twice; elsewhere the last one silently wins."""
@@ -66,13 +63,13 @@ class Findings(BaseModel):
 
     @property
     def errors(self) -> int:
-        return sum(finding.level == ERROR for finding in self.findings)
+        return sum(finding.level == "error" for finding in self.findings)
 
     def error(self, where: str, what: str) -> None:
-        self.findings.append(Finding(level=ERROR, where=where, what=what))
+        self.findings.append(Finding(level="error", where=where, what=what))
 
     def warn(self, where: str, what: str) -> None:
-        self.findings.append(Finding(level=WARNING, where=where, what=what))
+        self.findings.append(Finding(level="warning", where=where, what=what))
 
 
 def check_document(report: Findings, document: Any, prefix: str, *, several: bool) -> None:
@@ -102,7 +99,7 @@ def check_document(report: Findings, document: Any, prefix: str, *, several: boo
     _check_fields(report, told, f"{prefix}top level", {*kind.model_fields, "name"})
     _check_parameters(report, document, f"{prefix}parameters", per_model=False)
     for name in ("dtype", "out_dtype"):
-        chosen = dtype_of(document.get(name))
+        chosen = _dtype_of(document.get(name))
         if document.get(name) and (chosen is None or not chosen.is_floating_point):
             report.error(prefix + name, f"{document[name]} is none; write float32 or bfloat16")
     base = document.get("base_model")
@@ -234,7 +231,7 @@ def filters(setting: Any) -> Iterator[str]:
             yield str(part["filter"])
 
 
-def dtype_of(name: Any) -> torch.dtype | None:
+def _dtype_of(name: Any) -> torch.dtype | None:
     try:
         found: torch.dtype | None = dtype_from_name(name)
     except (RuntimeError, AttributeError):

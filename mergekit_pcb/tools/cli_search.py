@@ -125,20 +125,20 @@ def search(
 
     document = document_for(config, output)
     job = search_job.Job(
-        document if isinstance(document, dict) else {},
-        command,
-        output,
-        work or output.with_suffix(".search"),
-        tuple(dict.fromkeys(searched)),
-        {name: (low, high) for name, low, high in bounds},
-        budget,
-        seed,
-        minimize,
-        timeout,
-        (*map(Score.parse, scores), *(Score.parse(text, lower=True) for text in lower)),
-        jobs,
-        gpus,
-        storage,
+        configuration=document if isinstance(document, dict) else {},
+        command=command,
+        output=output,
+        folder=work or output.with_suffix(".search"),
+        searched=tuple(dict.fromkeys(searched)),
+        bounds={name: (low, high) for name, low, high in bounds},
+        budget=budget,
+        seed=seed,
+        minimize=minimize,
+        timeout=timeout,
+        scores=(*map(Score.parse, scores), *(Score.parse(text, lower=True) for text in lower)),
+        jobs=jobs,
+        gpus=gpus,
+        storage=storage,
     )
     job.check()
     host = merge_options(options)

@@ -243,6 +243,10 @@ def _count_refined(counts: TensorCounts, tensor: Prepared, refinement: Refinemen
             counts.moved_sq += _squares(own - tensor.scale * pcb)
 
 
+def percent(part: float, whole: float = 1.0) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
 def _squares(values: torch.Tensor) -> float:
     return float(values.double().square().sum())
 

@@ -6,13 +6,10 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_pcb.errors import PCBError, printable
-from mergekit_pcb.tools.counts import kind_of, layer_of
-
-if TYPE_CHECKING:
-    from mergekit_pcb.tools.counts import Report, TensorCounts
+from mergekit_pcb.tools.counts import Report, TensorCounts, kind_of, layer_of, percent
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555")
@@ -31,10 +28,6 @@ def require_matplotlib() -> None:
         raise PCBError(
             "draw a report", "the package matplotlib is missing", "pip install matplotlib"
         ) from None
-
-
-def percent(part: float) -> str:
-    return f"{100 * part:.1f} %"
 
 
 def part(part: float, whole: float) -> float:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mergekit_pcb.tools import figures
-
-if TYPE_CHECKING:
-    from mergekit_pcb.tools.counts import Report
+from mergekit_pcb.tools.counts import Report, percent
 
 STYLE = """
 :root { color-scheme: light; }
@@ -40,11 +37,8 @@ def page(report: Report, table: Sequence[Sequence[str]], remarks: Sequence[str])
         (f"{len(report.tasks)}", "tasks"),
         (f"{total.tensors}", f"tensors, {total.unchanged} of them unchanged"),
         (_count(total.elements), "elements"),
-        (figures.percent(figures.part(total.changed, total.elements)), "of them change"),
-        (
-            figures.percent(figures.part(sum(total.kept_by[2:]), total.elements)),
-            "merge several tasks",
-        ),
+        (percent(total.changed, total.elements), "of them change"),
+        (percent(sum(total.kept_by[2:]), total.elements), "merge several tasks"),
     ]
     own = " Of PCB's merge, before refine." if total.refined else ""
     pictures = [

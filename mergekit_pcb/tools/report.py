@@ -19,7 +19,14 @@ from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text, written_whole
 from mergekit_pcb.host.plan import models_of
 from mergekit_pcb.host.planning import execute, plan_without_merging
-from mergekit_pcb.tools.counts import Counter, Report, TensorCounts, kind_of, layer_of
+from mergekit_pcb.tools.counts import (
+    Counter,
+    Report,
+    TensorCounts,
+    kind_of,
+    layer_of,
+    percent,
+)
 
 
 def observe(configuration: str, options: Any) -> Report:
@@ -61,10 +68,6 @@ def _short(models: Sequence[str]) -> list[str]:
     return list(models)
 
 
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "–"
-
-
 def summary(report: Report) -> list[list[str]]:
     """The table for a terminal: a heading, and a row per task."""
     total = report.total()
@@ -77,7 +80,7 @@ def summary(report: Report) -> list[list[str]]:
                 name,
                 percent(own.changed, total.elements),
                 percent(own.kept, total.elements),
-                percent(total.share(number), 1),
+                percent(total.share(number)),
                 f"{math.sqrt(own.task_vector_sq):.4g}",
                 f"{math.sqrt(own.merged_sq):.4g}",
             ]

@@ -211,7 +211,7 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
 
     One that cannot be scored is not tried again.
     """
-    folder, names = job.folder / REFERENCE, list(named_models(job.configuration))
+    folder, names = job.folder / REFERENCE, named_models(job.configuration)
     waiting = "another process scores the base and the experts; waiting for it"
     with held(folder.with_suffix(".lock"), waiting):
         with study.alone():

@@ -19,8 +19,8 @@ from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools.search_scores import Score
 from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Bounds, Shared, Space
 
-#: What can be searched beside the weights, and where it starts unless the configuration says.
-SHARED: dict[str, float | str] = {"lambda": 1.0, "density": 0.1, "anchor": 0.1, "refine": "none"}
+#: What can be searched beside the weights.
+SHARED = "lambda", "density", "anchor", "refine"
 #: Beside the best configuration: the work, a front, a picture.
 TAKEN = (".search", ".front", ".png")
 #: Files of a model that mergekit and transformers read.
@@ -153,8 +153,8 @@ def space_of(job: Job) -> Space:
             "search this configuration", "its parameters are no mapping", "write `name: value`"
         )
 
-    def number(name: str, values: dict[str, Any], default: Any) -> float | str:
-        value = values.get(name, common.get(name, default))
+    def number(name: str, values: dict[str, Any]) -> float | str:
+        value = values.get(name, common.get(name, SPECS[name].default))
         if name in CHOICES and value in CHOICES[name]:
             return str(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -173,13 +173,13 @@ def space_of(job: Job) -> Space:
                 "models have values of their own",
                 "write one at the top level to start from",
             )
-        shared.append((name, number(name, {}, SHARED[name])))
+        shared.append((name, number(name, {})))
     refined = common.get("refine", "none") != "none" or "refine" in job.searched
     if "anchor" in job.searched and not refined:
         raise PCBError(
             "search anchor", "it holds `refine: solve` to PCB", "write refine: solve, or search it"
         )
-    weights = [float(number("weight", v, 1.0)) for v in own if "weight" in job.searched]
+    weights = [float(number("weight", v)) for v in own if "weight" in job.searched]
     return Space(tuple(weights), tuple(shared), job.bounds)
 
 

@@ -34,7 +34,6 @@ from mergekit_pcb.host.inputs import Inputs
 from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.plan import PlanOptions
 from mergekit_pcb.host.statistics_file import digest
-from mergekit_pcb.tools.check_text import dtype_of
 from mergekit_pcb.tools.search_job import Job, configured
 from mergekit_pcb.tools.search_space import EvaluationError, Shared
 from mergekit_pcb.tools.search_storage import CONTRIBUTIONS, FORMAT, MERGED, held
@@ -129,14 +128,13 @@ class Merges:
         text = yaml.safe_dump(self._job.configuration, sort_keys=False)
         plan = planning.plan_without_merging(text, self._options)
         parts = model = 0
-        asked = dtype_of(self._job.configuration.get("out_dtype"))
         for _, tensors in Inputs(plan).shapes():
             present = [tensor for tensor in tensors.values() if tensor is not None]
             if not present:
                 continue
             cast = plan.dtype or promoted(present)
             count = max(tensor.numel() for tensor in present)
-            model += count * (asked or cast).itemsize
+            model += count * (plan.out_dtype or cast).itemsize
             parts += count * len(present) * working_dtype(cast).itemsize
         jobs, folder = self._job.jobs, self._job.folder
         need = jobs * model + (0 if measured else parts + model)
