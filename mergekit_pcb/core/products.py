@@ -28,6 +28,8 @@ FACTOR_BLOCK = 256
 DEVICE_ROWS = 4096
 # Threads of LAPACK's decompositions: more than there are cores would cost twice the time.
 DECOMPOSING = 2
+# What torch calls products of float32 in float32.
+EXACT = "highest"
 T = TypeVar("T")
 
 
@@ -92,10 +94,10 @@ def divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
 
 def decomposed(function: Callable[[torch.Tensor], T], matrix: torch.Tensor) -> T:
     """What a function that is LAPACK's makes of a matrix. Raises what it raises."""
-    if matrix.device.type != HOST:
-        with _without_tf32:
+    with _in_float32:
+        if matrix.device.type != HOST:
             return function(matrix)
-    return _begun(pools.of(1, DECOMPOSING), functools.partial(function, matrix)).result()
+        return _begun(pools.of(1, DECOMPOSING), functools.partial(function, matrix)).result()
 
 
 def _divide_(rows: torch.Tensor, factor: torch.Tensor) -> None:
@@ -145,11 +147,15 @@ def _slices(length: int, size: int) -> list[slice]:
 
 def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
     """Do what does not depend on one another, on the host each by a thread that works alone."""
-    if device.type != HOST:
-        with _without_tf32:
-            for job in jobs:
-                job()
-        return
+    with _in_float32:
+        if device.type == HOST:
+            _by_threads(jobs)
+            return
+        for job in jobs:
+            job()
+
+
+def _by_threads(jobs: Iterable[Callable[[], object]]) -> None:
     workers = pools.of(torch.get_num_threads(), 1)
     begun: list[Future[object]] = []
     try:
@@ -164,11 +170,11 @@ def _do(device: torch.device, jobs: Iterable[Callable[[], object]]) -> None:
         one.result()
 
 
-class _WithoutTF32:
-    """Has GPUs multiply float32 as such, whatever torch was told: TF32 keeps three digits.
+class _InFloat32:
+    """Has float32 multiplied as such, whatever torch was told: TF32 and bfloat16 keep three digits.
 
-    It is one setting for all threads: the first one that comes changes it, the last one that goes
-    puts it back.
+    These are settings of all threads: the first one that comes changes them, the last one that goes
+    puts them back.
     """
 
     def __init__(self) -> None:
@@ -178,7 +184,7 @@ class _WithoutTF32:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._put_back = _refuse_tf32()
+                self._put_back = _refuse_less()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -188,24 +194,38 @@ class _WithoutTF32:
                 self._put_back()
 
 
-def _refuse_tf32() -> Callable[[], object]:
-    """Switch it off where it is on; what switches it on again."""
-    matmul: Any = torch.backends.cuda.matmul
+def _refuse_less() -> Callable[[], object]:
+    """Refuse products of less than float32; what puts back how it was.
+
+    torch has two ways to ask for them, refuses to tell one where the other was used, and since 2.9
+    keeps a setting for each library.
+    """
+    both: list[Any] = [
+        getattr(own, "matmul", None) for own in (torch.backends.cuda, torch.backends.mkldnn)
+    ]
+    libraries = [one for one in both if hasattr(one, "fp32_precision")]
+    before = [one.fp32_precision for one in libraries]
     try:
         asked = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set in the other of torch's two ways, which are not to be mixed
-        asked = matmul.fp32_precision
-        if asked in ("ieee", "none"):
-            return bool
-        matmul.fp32_precision = "ieee"
-        return functools.partial(setattr, matmul, "fp32_precision", asked)
-    if asked == "highest":
-        return bool
-    torch.set_float32_matmul_precision("highest")
-    return functools.partial(torch.set_float32_matmul_precision, asked)
+    except RuntimeError:
+        asked = EXACT
+    if asked != EXACT:
+        torch.set_float32_matmul_precision(EXACT)
+    for one in libraries:
+        if one.fp32_precision not in ("ieee", "none"):
+            one.fp32_precision = "ieee"
+
+    def put_back() -> None:
+        if asked != EXACT:
+            torch.set_float32_matmul_precision(asked)
+        for one, own in zip(libraries, before, strict=True):
+            if one.fp32_precision != own:
+                one.fp32_precision = own
+
+    return put_back
 
 
-_without_tf32 = _WithoutTF32()
+_in_float32 = _InFloat32()
 
 
 def _begun(workers: ThreadPoolExecutor, job: Callable[[], T]) -> Future[T]:
