@@ -19,7 +19,7 @@ from benchmarks.quality.suite import share
 from mergekit_pcb.files import write_text
 
 #: The two-sided 5 % points of Student's t for means of so many values.
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 #: What a suite's data from elsewhere are.
 ELSEWHERE = {
     "language": "text that nobody was trained on",
