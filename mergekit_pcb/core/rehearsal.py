@@ -6,7 +6,7 @@ It is measured against torch's operations on the same device, bit by bit, on eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,13 +105,16 @@ def looks(compiled: Any) -> None:
     """Try what looks between fences, as ``ranks.between`` does."""
     values = numpy.linspace(0, 1, 3 * STRIP + 1, dtype="f4")
     given = values, float(values[9]), float(values[-9])
-    found = (module.between(*given, tied=True) for module in (compiled, ranks))
-    if not all(map(numpy.array_equal, *found)):
+    if not _alike(*(module.between(*given, tied=True) for module in (compiled, ranks))):
         raise RuntimeError("compiled code counts wrong")
 
 
 def masks(compiled: Any) -> None:
     """Try what draws masks, as ``dare.against`` does."""
     asked = 1 << 100, 3, 4 * STRIP, 1 << 15
-    if not all(map(numpy.array_equal, compiled.against(*asked), dare.against(*asked))):
+    if not _alike(*(module.against(*asked) for module in (compiled, dare))):
         raise RuntimeError("compiled code draws wrong masks")
+
+
+def _alike(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return all(numpy.array_equal(*both) for both in zip(ours, theirs, strict=True))
