@@ -236,7 +236,7 @@ def test_what_changes_is_what_the_whole_merge_changes(tmp_path, family, paramete
     assert f"{100 * left / total:.1f} % of all elements keep the base's value" in said
     assert ("of what the tasks keep, " in said) == (share is not None)
     page = (out / "report.html").read_text()
-    assert ("Of PCB&#x27;s merge, before refine." in page) == ("refine" in parameters)
+    assert ("Of PCB&#39;s merge, before refine." in page) == ("refine" in parameters)
     if parameters.get("density") == 0:
         assert "% of the norm of what PCB adds" not in said
         with (out / "tensors.csv").open(newline="") as rows:
