@@ -1,11 +1,11 @@
-"""Files that are written whole or not at all, and their sizes in words."""
+"""Files that are written whole or not at all, and their names and sizes in words."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from mergekit_pcb.errors import PCBError, one_line
 
@@ -36,12 +36,29 @@ def check_target(path: pathlib.Path) -> None:
         raise PCBError(f"write {path}", one_line(error), "name another file") from None
 
 
+def check_folder(path: pathlib.Path) -> None:
+    """Refuse a folder that could not be made, or written to, before the work that fills it."""
+    target = path.resolve()
+    there = next(place for place in (target, *target.parents) if seen(str(place)))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PCBError(f"write {path}", f"{there} is no folder to write to", "name another folder")
+
+
 def seen(path: str, look: Callable[[pathlib.Path], bool] = pathlib.Path.exists) -> bool:
     """Whether something is there, of the kind that ``look`` says; not under a name no file has."""
     try:
-        return look(pathlib.Path(path).expanduser())
-    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a zero byte
+        return look(pathlib.Path(path))
+    except (OSError, ValueError):  # too long, a zero byte
         return False
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """The last parts of models' paths, where they tell the models apart."""
+    for depth in (1, 2):
+        names = ["/".join(pathlib.PurePath(m.split("+")[-1]).parts[-depth:]) for m in models]
+        if len(set(names)) == len(names):
+            return names
+    return list(models)
 
 
 def size(count: float) -> str:

@@ -319,3 +319,11 @@ def test_what_cannot_be_merged_is_told(models, caplog):
     with pytest.raises(PCBError, match="one of them is a list"):
         contributions(base, [[state]])
     assert contributions(base, experts)
+
+
+def test_what_the_model_has_no_place_for_is_told(models):
+    base, experts = models
+    own = {"head.weight": torch.zeros(2, 5)}
+    more = [{**expert, "head.weight": torch.randn(2, 5)} for expert in experts]
+    with pytest.raises(PCBError, match=r"it has no head.weight, which base and experts have"):
+        adamerge(base, {**base.state_dict(), **own}, more, [torch.randn(4, 6)])

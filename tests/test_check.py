@@ -14,6 +14,7 @@ from families import save
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
+from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools import check as checking
 from mergekit_pcb.tools import check_base, cli
 
@@ -112,6 +113,10 @@ def test_what_is_kept_is_told_of_each_task_where_they_differ(tmp_path, family):
         ("top", {"dtyp": "float32"}, "top level: mergekit ignores dtyp; did you mean dtype?"),
         ("top", {"merge_method": "ties"}, "ties is not what this command checks"),
         ("top", {"base_model": "./nowhere"}, "base_model: there is no ./nowhere"),
+        ("top", {"base_model": "~/m"}, "base_model: mergekit does not know ~; write the whole"),
+        ("top", {"base_model": {"model": {"path": "./a"}}}, "base_model: there is no ./a"),
+        ("top", {"chat_template": "llama-3"}, "mergekit has no llama-3; did you mean llama3?"),
+        ("top", {"chat_template": "{{ short }}"}, "mergekit has no {{ short }}"),
         ("model", {"model": "./nowhere"}, "models[1]: there is no ./nowhere"),
         (
             "top",
@@ -514,3 +519,69 @@ def test_options_before_the_file_are_told(tmp_path):
     result = CliRunner().invoke(cli.main, ["check", "--cuda", str(tmp_path / "c.yml")])
     assert result.exit_code == 2
     assert "write the file before mergekit's options, --cuda among them" in result.output
+
+
+def test_paths_as_mergekit_reads_them(tmp_path, family):
+    """Revisions and mappings for folders; names of files as they stand."""
+    base, *models = map(str, family)
+    config = configuration(family)
+    config["base_model"] = {"model": {"path": base, "revision": None}}
+    config["models"][1]["model"] = f"{models[1]}@main"
+    found, outlook = check(tmp_path, {**config, "chat_template": "chatml"})
+    assert found == []
+    assert outlook["tasks"] == 3
+    assert named_models(config) == [base, *models]
+    for sign in "+@":
+        folder = tmp_path / f"a{sign}b"
+        folder.mkdir()
+        files = [folder / f"{number}.safetensors" for number in range(3)]
+        for path, file in zip(family, files, strict=False):
+            save_file(tensors(path), file)
+        (said,) = errors(tmp_path, configuration(files))
+        assert "mergekit-pytorch 0.1.5 loses files with @ or + in their paths" in said
+
+
+def test_options_of_mergekit_pytorch(tmp_path, family):
+    files = [tmp_path / f"{path.name}.safetensors" for path in family[:3]]
+    for path, file in zip(family, files, strict=False):
+        state = tensors(path)
+        if file is files[2]:
+            del state["lm_head.weight"]
+        save_file(state, file)
+    config, whole = configuration(files), len(tensors(family[0]))
+    found, outlook = check(tmp_path, config, "--tensor-union")
+    assert "--tensor-union" not in found[0][2]
+    assert outlook["tensors"] == whole
+    found, outlook = check(tmp_path, config, "--tensor-intersection")
+    assert "mergekit leaves 1 tensors" in found[0][2]
+    assert len(found) == 1
+    assert outlook["tensors"] == whole - 1
+    found, _ = check(tmp_path, configuration(family), "--tensor-union")
+    assert "cannot take --tensor-union, because it is mergekit-pytorch's" in found[0][2]
+
+
+def test_adapters_are_named_after_their_base(tmp_path, family):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (said,) = errors(tmp_path, configuration([*family[:2], adapter]))
+    assert "because it is an adapter and no model; name it after its base: BASE+ADAPTER" in said
+    (said,) = errors(tmp_path, configuration([*family[:2], f"{family[0]}+{adapter}"]))
+    assert "give --lora-merge-cache DIR" in said
+
+
+def test_slices_without_sources(tmp_path, family):
+    config = {"merge_method": "pcb", "base_model": str(family[0]), "slices": [{"sources": []}]}
+    (said,) = errors(tmp_path, config)
+    assert "slices[0]: it has no sources" in said
+
+
+@pytest.mark.parametrize(
+    "options", [["--out-shard-size", "5GB"], ["--random-seed", "-1"], ["-j", "0"]]
+)
+def test_values_of_options_that_mergekit_refuses(tmp_path, family, options):
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(configuration(family)))
+    result = CliRunner().invoke(cli.main, ["check", str(file), *options])
+    assert result.exit_code == 1
+    assert "cannot take mergekit's options, because" in result.output

@@ -233,3 +233,21 @@ def test_bars_have_colours_on_a_terminal_alone(monkeypatch):
     assert "\x1b[" in lines[-1]  # click takes it out where there is no terminal
     monkeypatch.setenv("NO_COLOR", "1")
     assert not any("\x1b[" in line for line in demo_page.bars(BEHIND))
+
+
+def test_text_is_found_wherever_packages_are(tmp_path, monkeypatch):
+    """Packages of another environment below this one, or in a folder on the path."""
+    place = tmp_path / "site" / "a-1.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text("Name: a\n\n" + "prose " * 40_000)
+    monkeypatch.setattr("sys.path", ["", str(tmp_path / "site")])
+    monkeypatch.setattr("sysconfig.get_path", lambda name: pytest.fail(f"asked for {name}"))
+    (found,) = small_llama.texts("prose", per_file=10**6)
+    assert found == "prose " * 40_000
+    assert len(small_llama.texts("stubs")) > 10
+
+
+def test_commands_of_the_demo_can_be_copied(tmp_path):
+    said = demo_page.next_commands(tmp_path / "my demo", can_draw=True)
+    assert f"mergekit-pcb check '{tmp_path}/my demo/pcb.yml'" in said[1]
+    assert f"'{tmp_path}/my demo/mine'" in said[3]

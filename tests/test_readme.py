@@ -163,6 +163,7 @@ def test_every_command_is_run_or_said_why_not(tmp_path, monkeypatch):
     for path in save_family("models", tiny_llama(vocabulary=300), tasks=2):
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
     (tmp_path / "adapters" / "code").mkdir(parents=True)
+    (tmp_path / "demo").mkdir()
     adapter = {"base_model.model.layer.ia3_l": torch.ones(4)}
     save_file(adapter, "adapters/code/adapter_model.safetensors")
     (text,) = blocks("yaml", "README.md")
@@ -176,7 +177,8 @@ def test_every_command_is_run_or_said_why_not(tmp_path, monkeypatch):
             words += ["--budget", "2"]
             shutil.rmtree("best.search", ignore_errors=True)  # of another page's command
         whole = "  scope: model\n" if words[1] == "measure" else ""
-        (tmp_path / "pcb.yml").write_text(text.replace("parameters:\n", f"parameters:\n{whole}"))
+        for file in ("pcb.yml", "demo/pcb.yml"):
+            (tmp_path / file).write_text(text.replace("parameters:\n", f"parameters:\n{whole}"))
         if words[1] != "demo" and tuple(words) not in ran:  # test_demo.py runs that
             run(*words)
         ran.add(tuple(words))

@@ -202,10 +202,26 @@ def test_mistakes_end_in_a_sentence(tmp_path, family, monkeypatch):
         assert "Traceback" not in result.stderr
         assert THREE_BEATS.search(result.stderr), result.stderr
         assert complaint in result.stderr
+    file.write_text("merge_method: pcb\n---\nmerge_method: pcb\n")
+    for command in ("report", "measure"):
+        result = CliRunner().invoke(cli.main, [command, str(file), "-o", str(tmp_path / "out")])
+        assert "it holds 2 stages, as mergekit-multi reads them" in result.output
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     result = CliRunner().invoke(cli.main, ["report", str(file), "-o", str(tmp_path / "out")])
     assert "pip install matplotlib" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_counted(
+    tmp_path, family, monkeypatch
+):
+    from mergekit_pcb.tools import report as reports
+
+    monkeypatch.setattr(reports, "observe", lambda *_: pytest.fail("it was counted"))
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.safe_dump(configuration(family)))
+    result = CliRunner().invoke(cli.main, ["report", str(file), "-o", str(file / "a" / "b")])
+    assert f"{file} is no folder to write to" in result.output
 
 
 # --- Where PCB's own merge is not all there is ---------------------------------------------------

@@ -23,6 +23,7 @@ from test_bad_input import THREE_BEATS
 import mergekit_pcb
 from mergekit_pcb import search_weights
 from mergekit_pcb.tools.search import search
+from mergekit_pcb.tools.search_job import Job, space_of
 from mergekit_pcb.tools.search_space import EvaluationError, Space
 
 # Scores a checkpoint by its distance to another, without torch, and counts how often.
@@ -287,6 +288,16 @@ def test_mistakes_end_in_a_sentence(place, change, options, complaint):
     sentence = THREE_BEATS.search(result.stderr)
     assert sentence, result.stderr
     assert complaint in sentence.group()
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_start():
+    config = {"merge_method": "pcb", "base_model": "b", "models": [{"model": "m"}]}
+    config["parameters"] = {"density": "1e-1"}
+    job = Job(config, "{model}", pathlib.Path("o"), pathlib.Path("f"), searched=("density",))
+    assert space_of(job).shared == (("density", 0.1),)
+    config["parameters"] = {"density": 0.1, "statistics": "s.json"}
+    with pytest.raises(mergekit_pcb.PCBError, match="leave `statistics` out of it"):
+        space_of(job)
 
 
 @pytest.mark.parametrize("package", ["optuna", "cmaes"])

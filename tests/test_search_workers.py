@@ -24,7 +24,7 @@ from test_bad_input import THREE_BEATS
 
 from mergekit_pcb import PCBError, search_weights
 from mergekit_pcb.tools import cli
-from mergekit_pcb.tools.search_scores import EvaluationError, Score
+from mergekit_pcb.tools.search_scores import EvaluationError, Score, Scorer
 
 SCRIPT = pathlib.Path(sys.executable).with_name("mergekit-pcb")
 # Scores a checkpoint by the first byte of its digest; writes what it saw.
@@ -348,6 +348,37 @@ def test_values_of_a_results_file(tmp_path):
         read("n.0")
 
 
+@pytest.mark.parametrize(
+    ("text", "file", "key"),
+    [
+        (
+            "a={model}/r.json:results.a|arc:challenge|25.acc",
+            "{model}/r.json",
+            "results.a|arc:challenge|25.acc",
+        ),
+        ("a={model}/r*.json:x.acc,none", "{model}/r*.json", "x.acc,none"),
+        ("a=C:/r.txt:k", "C:/r.txt", "k"),
+    ],
+)
+def test_keys_and_paths_may_hold_colons(text, file, key):
+    assert Score.parse(text) == Score("a", file, key)
+
+
+@pytest.mark.parametrize(
+    ("command", "score"),
+    [
+        ("echo 0.5 for {model}", 0.5),
+        ('test -d "{model}" && echo 2', 2.0),
+        ("test -d '{model}' && echo 3", 3.0),
+        ("test -d {model}/inner && echo 4", 4.0),
+    ],
+)
+def test_a_models_name_is_no_score_and_quoted_as_it_stands(tmp_path, command, score):
+    model = tmp_path / "my trials" / "0007"
+    (model / "inner").mkdir(parents=True)
+    assert Scorer(command, (), None, tmp_path / "turns")(model, {}) == [score]
+
+
 @pytest.mark.parametrize("text", ["", "x", "x=y", "=f:k", "x=:k", "x=f:"])
 def test_scores_that_cannot_be_read(text):
     with pytest.raises(PCBError, match="it is not NAME=FILE:KEY"):
@@ -417,8 +448,8 @@ def test_what_stands_beside_a_model_is_neither_overwritten_nor_taken_for_its_sco
     config = configuration(paths, parameters={"density": 0.3}, dtype="float32")
     (place / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    command = "echo $CUDA_VISIBLE_DEVICES >> cards; case {model} in *reference) test -e fails && "
-    command += "exit 3;; esac; mkdir -p {model}/results; "
+    command = "echo $CUDA_VISIBLE_DEVICES >> cards; case {model} in */reference/*) "
+    command += "test -e fails && exit 3;; esac; mkdir -p {model}/results; "
     command += "for f in r.json results/r.json; do echo '{\"a\": 1}' > {model}/$f; done"
     words = ["--score", "a={model}/r.json:a", "--score", "b={model}/results/r.json:a"]
     words += ["--gpus", "3"]
@@ -581,6 +612,88 @@ def test_folders_of_others_are_left_alone(place):
     (folder / "thesis.tex").rename(folder / "trials.jsonl")
     assert "an earlier version began it" in refused(*arguments())
     assert {path.name for path in folder.iterdir()} == {"trials.jsonl"}
+
+
+def test_a_folder_with_a_model_of_the_name_of_ours_is_left_alone(place):
+    model = place / "run" / "merged"
+    model.mkdir(parents=True)
+    (model / "notes.txt").write_text("mine")
+    assert "it holds merged, which is no search's" in refused(*arguments("--work", "run"))
+    assert [path.name for path in (place / "run").rglob("*")] == ["merged", "notes.txt"]
+
+
+def test_what_file_managers_leave_stops_no_search(place):
+    assert invoked(*arguments(budget=1)).exit_code == 0
+    (place / "best.search" / ".DS_Store").write_text("")
+    assert invoked(*arguments(budget=2)).exit_code == 0
+    assert len(log_of(place / "best.search")) == 2
+
+
+def test_the_output_does_not_lie_in_the_folder_of_the_search(place):
+    (place / "run").mkdir()
+    command = arguments("--work", "run")
+    result = CliRunner().invoke(cli.main, [*command, "-o", "run/best.yml"])
+    assert "run holds what the search itself keeps" in " ".join(result.output.split())
+    assert not list((place / "run").iterdir())
+
+
+def test_what_was_made_of_a_front_stays(place):
+    """Only the configurations of the search before are replaced."""
+    front, words = place / "best.front", []
+    for name in "ab":
+        words += ["--score", f"{name}={{model}}.json:{name}"]
+    front.write_text("")
+    command = """echo '{"a": 1, "b": 2}' > {model}.json"""
+    assert "because it is no folder; move it away" in refused(*arguments(*words, command=command))
+    front.unlink()
+    assert invoked(*arguments(*words, command=command, budget=1)).exit_code == 0
+    (front / "merged").mkdir()
+    (front / "merged" / "model.safetensors").write_text("of an hour's work")
+    (front / "trial-0009.yml").write_text("# of another search")
+    # What is written beside the base and the experts is gone, too; else this would be refused.
+    result = invoked(*arguments(*words, command=command, budget=2))
+    assert result.exit_code == 0, result.output
+    assert (front / "merged" / "model.safetensors").exists()
+    assert not (front / "trial-0009.yml").exists()
+    assert not list((place / "best.search").glob("reference*.json"))
+
+
+def test_checkpoints_of_one_name_are_told_apart_in_the_front(place):
+    models = [place / "runs" / name / "checkpoint-500" for name in ("base", "code", "math")]
+    for new, path in zip(models, save_family(place / "m", tiny_llama(layers=1)), strict=False):
+        new.parent.mkdir(parents=True)
+        path.rename(new)
+    config = configuration(models, parameters={"density": 0.3}, dtype="float32")
+    (place / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    words = [w for name in "ab" for w in ("--score", f"{name}={{model}}/r.json:{name}")]
+    command = """echo '{"a": 1, "b": 2}' > {model}/r.json"""
+    assert invoked(*arguments(*words, command=command, budget=1)).exit_code == 0
+    table = (place / "best.front" / "front.md").read_text()
+    for name in ("code", "math"):
+        assert f"| {name}/checkpoint-500 | 1 | 2 |" in table
+
+
+def test_weights_count_whatever_the_output_is_written_as(place):
+    result = invoked(*arguments("--no-safe-serialization", budget=3))
+    assert result.exit_code == 0, result.output
+    assert len({trial["score"] for trial in log_of(place / "best.search")}) == 3
+    said = refused(*arguments("--no-safe-serialization", "--no-copy-tokenizer", budget=4))
+    assert "it was begun with other models, another configuration, command, options" in said
+
+
+def test_a_worker_that_finds_nothing_left_blames_nobody(place, monkeypatch):  # noqa: ARG001
+    """Another process still tries the second of two trials."""
+    from mergekit_pcb.tools import search_files
+    from mergekit_pcb.tools.search_space import Found, Trial
+
+    failed = Trial(trial=1, weights=[1.0], shared={}, scores=None, error="it ended", seconds=1.0)
+    monkeypatch.setattr(
+        search_files, "run", lambda *_: search_files.Searched(Found([failed], minimize=False))
+    )
+    result = invoked(*arguments(budget=2))
+    assert result.exit_code == 0
+    assert "not written yet; other workers try the trials that are left" in result.output
+    assert "all 1 trials failed" in refused(*arguments(budget=1))
 
 
 def test_a_search_that_cannot_fit_is_refused_before_it_measures(place, monkeypatch):

@@ -259,7 +259,7 @@ ARROWS = {
         "tools.search_storage",
         "tools.search_study",
     },
-    "tools.cli_options": {"errors", "files", "host.planning"},
+    "tools.cli_options": {"errors", "files", "host.plan", "host.planning"},
     "tools.cli_search": {
         "errors",
         "tools.cli_options",
@@ -269,6 +269,7 @@ ARROWS = {
     },
     "tools.cli": {
         "errors",
+        "files",
         "host.inputs",
         "host.planning",
         "host.whole_model",

@@ -1,19 +1,24 @@
 """`scope: model`: all tensors of a merge ranked together, through every command and in memory."""
 
 import json
+import os
 import pathlib
 import re
+import threading
 
 import pytest
 import torch
 import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
+from click.testing import CliRunner
 from conftest import pieces
 from mergekit.merge_methods import merge_state_dicts
 from reference import pcb as reference
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_bad_input import refused, unreadable  # noqa: F401 - a fixture
+
+from mergekit_pcb.tools import cli
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("whole_model*.safetensors"))
 
@@ -133,6 +138,19 @@ def test_pickled_checkpoints(tmp_path, family):
     out, _ = merge(tmp_path, config, command="mergekit-pytorch")
     states = [tensors(path) for path in family[:3]]
     assert_equal_states(tensors(out), whole_reference(states), states[0])
+
+
+def test_a_configuration_may_come_through_a_pipe(tmp_path, family):
+    """As `<(envsubst < pcb.yml)`: it can be read once."""
+    pipe, out = tmp_path / "pipe", tmp_path / "s.json"
+    os.mkfifo(pipe)
+    text = yaml.safe_dump(configuration(family, parameters={"scope": "model"}))
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    result = CliRunner().invoke(cli.main, ["measure", str(pipe), "-o", str(out), "--quiet"])
+    writer.join(10)
+    assert result.exit_code == 0, result.output
+    assert out.exists()
 
 
 def test_stages_are_measured_one_by_one(tmp_path, family):

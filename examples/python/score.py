@@ -1,19 +1,19 @@
-"""A score for `mergekit-pcb search`: the negative mean loss of a model on files of its kinds.
+r"""A score for `mergekit-pcb search`: the negative mean loss of a model on files of its kinds.
 
 For the models of `mergekit-pcb demo`, on installed C++, stubs of Python and fields of packages that
 the demo does not train on. The last number printed is the score.
 
-    mergekit-pcb search pcb.yml --evaluate 'python examples/python/score.py {model}' -o best.yml
+    mergekit-pcb search demo/pcb.yml -o best.yml \
+        --evaluate 'python examples/python/score.py {model}'
 """
 
 import pathlib
 import sys
-import sysconfig
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SITE = pathlib.Path(sysconfig.get_path("purelib"))
+SITE = pathlib.Path(torch.__file__).parents[1]
 KINDS = {
     "c++": sorted(SITE.glob("torch/include/ATen/ops/*.h")),
     "stubs": sorted(SITE.glob("torch/**/*.pyi")),

@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_pcb.core.measure import Recipe
-from mergekit_pcb.errors import PCBError
+from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.host.architecture import Architecture, architecture_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.method import Prepared
@@ -43,6 +43,9 @@ class PlanOptions(MergeOptions):
     advise: bool = True
     #: Whether anything is merged or measured, so that its device has to be there.
     runs: bool = True
+    #: As mergekit-pytorch has them.
+    tensor_union: bool = False
+    tensor_intersection: bool = False
 
     @classmethod
     def of(cls, options: MergeOptions, **more: Any) -> PlanOptions:
@@ -65,6 +68,8 @@ class Plan:
         self.options = options if isinstance(options, PlanOptions) else PlanOptions.of(options)
         #: What mergekit casts results to, if the configuration names it.
         self.out_dtype = _dtype("out_dtype", out_dtype)
+        #: What inputs are cast to, if the configuration names it.
+        self.dtype = _dtype("dtype", _load_of(self.tasks[0]).dtype)
         self._check_inputs()
         named = [(task.output_weight.name, values_of(task)) for task in self.tasks]
         self.scope = scope_of(named)
@@ -99,7 +104,12 @@ class Plan:
                 return torch.device(get_torch_accelerator_type(), 0)
             except AttributeError:  # a build of torch for none
                 return torch.device("cuda", 0)
-        return torch.device(self.options.device)
+        try:
+            return torch.device(self.options.device)
+        except RuntimeError as error:
+            raise PCBError(
+                f"merge on {self.options.device}", one_line(error), "name cpu, cuda or cuda:1"
+            ) from None
 
     @property
     def device_is_there(self) -> bool:
@@ -107,18 +117,6 @@ class Plan:
         if self.device.type != "cuda":
             return True
         return (self.device.index or 0) < torch.cuda.device_count()
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype that inputs are cast to, if the configuration names one."""
-        load: Any = self.tasks[0].gather_tensors
-        while not hasattr(load, "dtype"):
-            load = (
-                load.gather_tensors
-                if hasattr(load, "gather_tensors")
-                else next(iter(load.tensors.values()))
-            )
-        return _dtype("dtype", load.dtype)
 
     @property
     def tokenizer(self) -> BuildTokenizer | None:
@@ -177,12 +175,19 @@ class Plan:
                 )
 
     def _check_paths(self) -> None:
-        """Refuse one model under two spellings of its path."""
+        """Refuse one model under two spellings of its path, and paths that mergekit mistakes."""
         for order in dict.fromkeys(task.model_order for task in self.tasks):
             seen: dict[tuple[str, str], Any] = {}
             for model in order:
                 path = pathlib.Path(model.model.path)
-                place = str(path.resolve()), str(model.lora)
+                if self.is_raw and {"@", "+"} & set(str(path)):
+                    raise PCBError(
+                        f"merge {path}",
+                        "mergekit-pytorch 0.1.5 loses files with @ or + in their paths",
+                        "rename it, or name a link to it",
+                    )
+                adapter = model.lora and str(pathlib.Path(model.lora.path).resolve())
+                place = str(path.resolve()), str(adapter)
                 if place in seen and path.exists():
                     raise PCBError(
                         f"merge {model} beside {seen[place]}",
@@ -203,16 +208,25 @@ class Plan:
                 )
 
 
+def _load_of(task: ExecuteMergeMethodTask) -> Any:
+    """What loads the tensors of a task."""
+    load: Any = task.gather_tensors
+    while not hasattr(load, "dtype"):
+        inner = getattr(load, "gather_tensors", None)
+        load = next(iter(load.tensors.values())) if inner is None else inner
+    return load
+
+
 def _dtype(field: str, name: str | None) -> torch.dtype | None:
     try:
         found: torch.dtype | None = dtype_from_name(name)
     except RuntimeError:
-        raise PCBError(
-            f"use {field}: {name}",
-            "mergekit knows no such dtype",
-            "write float32, bfloat16 or float16",
-        ) from None
-    return found
+        found, because = None, "mergekit knows no such dtype"
+    else:
+        because = "weights are no whole numbers"
+        if found is None or found.is_floating_point:
+            return found
+    raise PCBError(f"use {field}: {name}", because, "write float32, bfloat16 or float16")
 
 
 def _name_in_base(task: ExecuteMergeMethodTask) -> str:

@@ -30,6 +30,8 @@ from mergekit_pcb.host.method import PCBMerge, Prepared
 from mergekit_pcb.host.nodes import MergeTensor, nodes_of
 from mergekit_pcb.host.plan import Plan, PlanOptions
 
+#: Where configurations name models, and the paths of models and adapters.
+_NAMING = "model", "base_model", "lora", "path"
 _WRAPPED = "planned_by_mergekit_pcb"
 _TASK = {
     "method_name",
@@ -171,12 +173,19 @@ def is_raw(document: dict[str, Any]) -> bool:
 
 
 def named_models(part: Any) -> list[str]:
-    """What a configuration, or a part of it, names as models and adapters, each once."""
+    """What a configuration, or a part of it, names as models and adapters, each once.
+
+    mergekit-pytorch takes the names of files as they are. All others may be `base+adapter`, and
+    each part may end in `@revision`, or be a mapping with its `path`.
+    """
     found: list[str] = []
     if isinstance(part, dict):
         for name, value in part.items():
-            if name in ("model", "base_model") and isinstance(value, str):
-                found += value.split("+")
+            if name in _NAMING and isinstance(value, str):
+                if seen(value, pathlib.Path.is_file):
+                    found.append(value)
+                else:
+                    found += [name.partition("@")[0] for name in value.split("+")]
             else:
                 found += named_models(value)
     elif isinstance(part, list):
@@ -205,7 +214,7 @@ def run(configuration: str, out: pathlib.Path, options: MergeOptions) -> None:
     document = yaml.safe_load(configuration)
     with damage.named(named_models(document)):
         if is_raw(document):
-            tasks = _raw_targets(document, str(out), options, union=False)
+            tasks = _raw_targets(document, str(out), options)
             Executor(tasks, math_device=options.device, storage_device="cpu").execute()
         else:
             from mergekit.config import MergeConfiguration
@@ -217,6 +226,7 @@ def run(configuration: str, out: pathlib.Path, options: MergeOptions) -> None:
 def _targets(document: dict[str, Any], options: MergeOptions) -> list[Task[Any]]:
     if is_raw(document):
         return _raw_targets(document, "", options, union=True)
+    _refuse_raw_options(options)
     from mergekit.architecture import get_architecture_info
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
@@ -224,6 +234,7 @@ def _targets(document: dict[str, Any], options: MergeOptions) -> list[Task[Any]]
     from mergekit.plan import MergePlanner
 
     config = MergeConfiguration.model_validate(document)
+    _refuse_adapters(config, options)
     loaders = LoaderCache()
     loaders.setup(options=options)
     for model in config.referenced_models():
@@ -235,12 +246,34 @@ def _targets(document: dict[str, Any], options: MergeOptions) -> list[Task[Any]]
 
 
 def _raw_targets(
-    document: dict[str, Any], out: str, options: MergeOptions, *, union: bool
+    document: dict[str, Any], out: str, options: MergeOptions, *, union: bool = False
 ) -> list[Task[Any]]:
     from mergekit.scripts import merge_raw_pytorch as raw
 
     config = raw.RawPyTorchMergeConfig.model_validate(document)
-    return list(raw.plan_flat_merge(config, out, union, False, options))
+    own = PlanOptions.of(options)
+    either = union or own.tensor_union
+    return list(raw.plan_flat_merge(config, out, either, own.tensor_intersection, options))
+
+
+def _refuse_raw_options(options: MergeOptions) -> None:
+    for name in ("tensor_union", "tensor_intersection"):
+        if getattr(options, name, False):
+            option = "--" + name.replace("_", "-")
+            because = "it is mergekit-pytorch's, and the models are folders"
+            raise PCBError(f"take {option}", because, "leave it out")
+
+
+def _refuse_adapters(configuration: Any, options: MergeOptions) -> None:
+    """Refuse what mergekit cannot load, in words that name the way out."""
+    for model in configuration.referenced_models():
+        place = pathlib.Path(model.model.path)
+        if seen(str(place / "adapter_config.json")) and not seen(str(place / "config.json")):
+            remedy = "name it after its base: BASE+ADAPTER"
+            raise PCBError(f"merge {place}", "it is an adapter and no model", remedy)
+        if model.lora is not None and options.lora_merge_cache is None:
+            because = "mergekit adds the adapter to its base first and has no folder for that"
+            raise PCBError(f"read {model}", because, "give --lora-merge-cache DIR")
 
 
 def execute(plan: Plan, observe: Callable[[Prepared], None]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ gradient descent on their entropy; here they weigh the contributions of PCB.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,7 +81,8 @@ def adamerge(
         )
     parts = contributions(base, experts, **parameters)
     own = dict(model.named_parameters(remove_duplicate=False))
-    _refuse_other_names(model, list(own), parts)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _refuse_other_names(model, list(own), parts, modules)
     tied = further_names({name: id(parameter) for name, parameter in own.items()})
     held = model.named_buffers(remove_duplicate=False)
     further = further_names({name: id(buffer) for name, buffer in held})
@@ -116,7 +117,9 @@ def adamerge(
             # torch has no gradients towards running averages, and a model may count its batches.
             name: tensor if name in own else tensor.detach().clone()
             for name, tensor in merge().items()
-            if not name.endswith("_extra_state") and name not in further
+            if not name.endswith("_extra_state")
+            and name not in further
+            and name.rpartition(".")[0] in modules
         }
         loss = _entropy(_logits(torch.func.functional_call(model, merged, *_call(batch))))
         if not loss.isfinite():
@@ -139,8 +142,10 @@ def adamerge(
     return Adapted(found, merged, entropies)
 
 
-def _refuse_other_names(model: torch.nn.Module, own: Sequence[str], parts: Contributions) -> None:
-    """Raise :class:`PCBError` where nothing of the model is merged: it is named otherwise."""
+def _refuse_other_names(
+    model: torch.nn.Module, own: Sequence[str], parts: Contributions, modules: Container[str]
+) -> None:
+    """Raise :class:`PCBError` where nothing of the model is merged, or what it has no place for."""
     if parts[0] and not parts[0].keys() & set(own):
         raise PCBError(
             f"adapt {type(model).__name__}",
@@ -148,6 +153,13 @@ def _refuse_other_names(model: torch.nn.Module, own: Sequence[str], parts: Contr
             f"experts ({next(iter(parts[0]))})",
             "give base and experts of the model's own kind (wrapped alike, if it is wrapped)",
         )
+    for name in parts[0]:
+        if name.rpartition(".")[0] not in modules:
+            raise PCBError(
+                f"adapt {type(model).__name__}",
+                f"it has no {name}, which base and experts have",
+                "leave that out of them, or give a model that has it",
+            )
 
 
 def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,6 +6,7 @@ mergekit ignores what it does not know. Nothing is read here but the text.
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from mergekit import merge_methods
+from mergekit._data import chat_templates
 from mergekit.common import dtype_from_name
 from mergekit.config import (
     InputModelDefinition,
@@ -30,6 +32,9 @@ from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
 from mergekit_pcb.host.parameters import SPECS, ignored, suggestion
 from mergekit_pcb.host.planning import is_raw, named_models
+
+#: mergekit takes no shorter text for a chat template.
+SHORTEST_TEMPLATE = 20
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -102,6 +107,14 @@ def check_document(report: Findings, document: Any, prefix: str, *, several: boo
         chosen = _dtype_of(document.get(name))
         if document.get(name) and (chosen is None or not chosen.is_floating_point):
             report.error(prefix + name, f"{document[name]} is none; write float32 or bfloat16")
+    template = document.get("chat_template")
+    if isinstance(template, str) and not raw and not _is_template(template):
+        names = [name.removesuffix(".jinja") for name in _templates()]
+        report.error(
+            f"{prefix}chat_template",
+            f"mergekit has no {template}{suggestion(template, names)}; it has auto, "
+            f"{', '.join(names)}, and takes templates themselves",
+        )
     base = document.get("base_model")
     for where, entry, fields in entries(document):
         where = prefix + where
@@ -109,6 +122,8 @@ def check_document(report: Findings, document: Any, prefix: str, *, several: boo
             report.error(where, "it is no mapping: write `- model: PATH`")
             continue
         _check_fields(report, entry, where, fields)
+        if entry.get("sources") == []:
+            report.error(where, "it has no sources: write `- model: PATH` and a layer_range there")
         model = entry.get("model")
         per_model = model is not None
         if per_model and model == base and entry.get("parameters"):
@@ -139,8 +154,11 @@ def check_paths(report: Findings, document: dict[str, Any], prefix: str = "") ->
     for where, entry in [*places, *((where, entry) for where, entry, _ in entries(document))]:
         named = entry if isinstance(entry, dict) else {}
         for path in named_models({k: v for k, v in named.items() if k in ("model", "base_model")}):
-            if path.startswith((".", "/", "~")) and not seen(path):
-                report.error(prefix + where.split(" (")[0], f"there is no {path}")
+            told = prefix + where.split(" (")[0]
+            if path.startswith("~"):
+                report.error(told, f"mergekit does not know ~; write the whole path of {path}")
+            elif path.startswith((".", "/")) and not seen(path):
+                report.error(told, f"there is no {path}")
 
 
 def entries(document: dict[str, Any]) -> Iterator[tuple[str, Any, Iterable[str]]]:
@@ -203,6 +221,18 @@ def _check_parameters(
             spec = SPECS[name]
             for complaint in filter(None, (_complaint(spec, v) for v in _scalars(setting))):
                 report.error(f"{where}.{name}", complaint)
+
+
+def _templates() -> list[str]:
+    there = importlib.resources.files(chat_templates).iterdir()
+    return sorted(file.name for file in there if file.name.endswith(".jinja"))
+
+
+def _is_template(told: str) -> bool:
+    """Whether mergekit takes it for one; an empty text is none that anybody asked for."""
+    if told in ("", "auto") or f"{told}.jinja" in _templates():
+        return True
+    return len(told) >= SHORTEST_TEMPLATE and "{" in told
 
 
 def _complaint(spec: ParameterSpec, value: Any) -> str | None:

@@ -9,10 +9,12 @@ import click
 
 import mergekit_pcb
 from mergekit_pcb.errors import PCBError, printable
+from mergekit_pcb.files import check_folder
 from mergekit_pcb.tools.cli_options import (
     HOST_OPTIONS,
     config_argument,
     document_for,
+    document_in,
     explained,
     host_options,
     merge_options,
@@ -65,9 +67,7 @@ def _host_command(name: str, module: str) -> None:
     @main.command(
         name,
         context_settings=_PASS_ON,
-        add_help_option=False,
-        help=f"mergekit-{name} with pcb registered; takes the same arguments.\n\n"
-        f"Example: mergekit-pcb {name} pcb.yml merged",
+        add_help_option=False,  # mergekit's own is shown
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def run(arguments: tuple[str, ...]) -> None:
@@ -131,9 +131,11 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
     from mergekit_pcb.tools import figures, page, report
 
     figures.require_matplotlib()
-    host = merge_options(options)
+    check_folder(output)
+    host, text = merge_options(options), text_of(config)
+    document_in(text, config)
     with explained(f"merge {config}"):
-        found = report.observe(text_of(config), host)
+        found = report.observe(text, host)
     rows, remarks = report.summary(found), report.remarks(found)
     files = report.write(found, page.page(found, rows, remarks), output)
     for line in [*report.aligned(rows), *remarks, ", ".join(map(str, files))]:
@@ -158,10 +160,10 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     from mergekit_pcb.host import planning, whole_model
     from mergekit_pcb.host.inputs import Inputs
 
-    document_for(config, output)
+    text, _ = document_for(config, output)
     host = merge_options(options)
     with explained(f"measure {config}", "correct it, or the options"):
-        plan = planning.plan_without_merging(text_of(config), host)
+        plan = planning.plan_without_merging(text, host)
         document = whole_model.measure_to_document(Inputs(plan))
     document.write(output)
     click.echo(

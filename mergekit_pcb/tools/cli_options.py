@@ -50,18 +50,28 @@ def explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[N
         raise PCBError(what, one_line(error), remedy) from None
 
 
-def document_for(config: pathlib.Path, output: pathlib.Path) -> Any:
-    """What a configuration says, once it is sure that the output may be written beside it."""
+def document_for(config: pathlib.Path, output: pathlib.Path) -> tuple[str, Any]:
+    """A configuration as text and as what that says, if the output may be written beside it."""
     from mergekit_pcb.host import planning
 
     check_target(output)
+    text = text_of(config)
+    document = document_in(text, config)
+    planning.refuse_to_overwrite(output, config, document)
+    return text, document
+
+
+def document_in(text: str, config: pathlib.Path) -> Any:
+    """What the text of a configuration says; one of several stages is refused."""
     try:
-        document = yaml.safe_load(text_of(config))
+        documents = [part for part in yaml.safe_load_all(text) if part is not None]
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         why = f"it is not YAML ({one_line(error)})"
         raise PCBError(f"read {config}", why, "correct it") from None
-    planning.refuse_to_overwrite(output, config, document)
-    return document
+    if len(documents) > 1:
+        why = f"it holds {len(documents)} stages, as mergekit-multi reads them"
+        raise PCBError(f"take {config} for one merge", why, "name a file that holds one of them")
+    return documents[0] if documents else None
 
 
 def text_of(config: pathlib.Path) -> str:
@@ -72,13 +82,19 @@ def text_of(config: pathlib.Path) -> str:
 
 
 def merge_options(arguments: tuple[str, ...]) -> Any:
+    """Read options of mergekit, and the two that mergekit-pytorch has beside them."""
     from mergekit.options import add_merge_options
 
+    from mergekit_pcb.host.plan import PlanOptions
+
     @click.command()
+    @click.option("--tensor-intersection", "-i", is_flag=True)
+    @click.option("--tensor-union", "-u", is_flag=True)
     @add_merge_options  # type: ignore[untyped-decorator]
-    def parse(merge_options: Any) -> Any:
+    def parse(merge_options: Any, **raw: bool) -> Any:
         merge_options.apply_global_options()
-        return merge_options
+        return PlanOptions.of(merge_options, **raw)
 
     name = click.get_current_context().command_path
-    return parse.main(list(arguments), prog_name=name, standalone_mode=False)
+    with explained("take mergekit's options", "correct them"):
+        return parse.main(list(arguments), prog_name=name, standalone_mode=False)

@@ -123,7 +123,8 @@ def search(
     from mergekit_pcb.tools import search_files, search_job
     from mergekit_pcb.tools.search_scores import Score
 
-    document = document_for(config, output)
+    _, document = document_for(config, output)
+    host = merge_options(options)
     job = search_job.Job(
         configuration=document if isinstance(document, dict) else {},
         command=command,
@@ -139,13 +140,13 @@ def search(
         jobs=jobs,
         gpus=gpus,
         storage=storage,
+        host={name: getattr(host, name) for name in search_job.HOST},
     )
     job.check()
-    host = merge_options(options)
     with explained(f"merge {config}"):
         result = search_files.run(job, host)
     found, best = result.found, result.found.best
-    if not found.trials:
+    if best is None and len(found.trials) < budget:
         click.echo(f"{output}: not written yet; other workers try the trials that are left")
         return
     if best is None:

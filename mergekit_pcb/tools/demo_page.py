@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -26,7 +27,8 @@ _BAR, _NAME = 40, 20  # characters
 def page(results: Results, directory: pathlib.Path, picture: pathlib.Path | None) -> Iterator[str]:
     """All that is printed once the demo has ended."""
     config = directory / "pcb.yml"
-    yield f"$ mergekit-yaml {config} {directory / 'merged-pcb'}   # with this configuration:"
+    merge = shlex.join(["mergekit-yaml", str(config), str(directory / "merged-pcb")])
+    yield f"$ {merge}   # with this configuration:"
     yield from ("    " + line for line in config.read_text(encoding="utf-8").splitlines())
     for block in (table(results), sentences(results), bars(results)):
         yield ""
@@ -136,15 +138,12 @@ def draw(results: Results, directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def next_commands(directory: pathlib.Path, *, can_draw: bool) -> list[str]:
-    config = directory / "pcb.yml"
+    config, mine = (shlex.quote(str(directory / name)) for name in ("pcb.yml", "mine"))
     needs = "" if can_draw else " (needs pip install matplotlib)"
     told = [
         (f"mergekit-pcb check {config}", "what a merge reads, writes and takes"),
         (f"mergekit-pcb report {config} -o report", f"who won what, in figures{needs}"),
-        (
-            f"mergekit-yaml {config} {directory / 'mine'}",
-            "with density or lambda changed in it",
-        ),
+        (f"mergekit-yaml {config} {mine}", "with density or lambda changed in it"),
     ]
     width = max(len(command) for command, _ in told)
     return ["Next, try", *(f"  {command:<{width}}  # {why}" for command, why in told)]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import mergekit_pcb
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.files import write_text, written_whole
+from mergekit_pcb.files import short_names, write_text, written_whole
 from mergekit_pcb.host.plan import models_of
 from mergekit_pcb.host.planning import execute, plan_without_merging
 from mergekit_pcb.tools.counts import (
@@ -54,18 +54,9 @@ def observe(configuration: str, options: Any) -> Report:
         version=mergekit_pcb.__version__,
         configuration=configuration,
         scope=plan.scope,
-        tasks=_short([str(model) for model in models]),
+        tasks=short_names([str(model) for model in models]),
         tensors=counter.found,
     )
-
-
-def _short(models: Sequence[str]) -> list[str]:
-    """The last parts of paths, where they tell the models apart."""
-    for depth in (1, 2):
-        names = ["/".join(pathlib.PurePath(m.split("+")[-1]).parts[-depth:]) for m in models]
-        if len(set(names)) == len(names):
-            return names
-    return list(models)
 
 
 def summary(report: Report) -> list[list[str]]:

@@ -92,7 +92,7 @@ def front(
         axis.plot(*_columns(line, i, j), "o-", color=COLOURS[0], label="Pareto front")
         for number, (model, scores) in enumerate(others.items()):
             colour = COLOURS[_APART[number % len(_APART)]]
-            axis.plot(scores[i], scores[j], "s", color=colour, label=pathlib.Path(model).name)
+            axis.plot(scores[i], scores[j], "s", color=colour, label=model)
         axis.set_xlabel(names[i], fontsize=9)
         axis.set_ylabel(names[j], fontsize=9)
     for axis in places[len(pairs) :]:
@@ -107,7 +107,7 @@ def table(
 ) -> str:
     """The front and the models it was made of, in Markdown."""
     rows = [[f"trial {trial.trial}", *(trial.scores or [])] for trial in best]
-    rows += [[pathlib.Path(model).name, *scores] for model, scores in others.items()]
+    rows += [[model, *scores] for model, scores in others.items()]
     lines = [["model", *names], ["---", *["---:"] * len(names)]]
     lines += [[str(row[0]), *(f"{value:.5g}" for value in row[1:])] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

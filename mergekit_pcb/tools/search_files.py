@@ -24,7 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
-from mergekit_pcb.files import write_text
+from mergekit_pcb.files import short_names, write_text
 from mergekit_pcb.host.planning import named_models
 from mergekit_pcb.tools import search_figures
 from mergekit_pcb.tools.search_job import Job, configured, space_of
@@ -192,13 +192,15 @@ def _told(job: Job, study: Study, names: list[str]) -> Searched:
     numbers = study.best_trials()
     front = [trial for trial in found.trials if trial.trial in numbers]
     folder = job.output.with_suffix(".front")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("trial-*.yml"):  # and nothing that was made of them
+        old.unlink()
     for trial in front:
         said = ", ".join(f"{n} {s:g}" for n, s in zip(names, trial.scores or [], strict=True))
         write_text(folder / f"trial-{trial.trial:04d}.yml", _yaml(job, trial, said))
     known = study.optuna_study.user_attrs.get(REFERENCES, {})
     others = {name: scores for name, scores in known.items() if scores is not None}
+    others = dict(zip(short_names(list(others)), others.values(), strict=True))
     write_text(folder / "front.md", search_figures.table(names, front, others))
     files = [folder / "front.md"]
     if search_figures.front(names, found, front, others, folder / "front.png"):
@@ -211,9 +213,11 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
 
     One that cannot be scored is not tried again.
     """
-    folder, names = job.folder / REFERENCE, named_models(job.configuration)
+    # What a command writes beside the model lies in the same folder, and goes with it.
+    place, names = job.folder / REFERENCE, named_models(job.configuration)
+    folder = place / "model"
     waiting = "another process scores the base and the experts; waiting for it"
-    with held(folder.with_suffix(".lock"), waiting):
+    with held(place.with_suffix(".lock"), waiting):
         with study.alone():
             known: dict[str, Any] = dict(study.optuna_study.user_attrs.get(REFERENCES, {}))
         for number, name in enumerate(names, 1):
@@ -223,18 +227,24 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
                 tqdm.write(f"{name} is not scored beside the trials: it is no local folder")
                 continue
             tqdm.write(f"scoring {name}, {number} of {len(names)} beside the trials")
-            remove_model(folder)  # what a search that was killed has left
+            _remove_reference(place)  # what a search that was killed has left
             try:
                 with written(job.folder):
+                    place.mkdir()
                     _copy(pathlib.Path(name), folder)
                 known[name] = scorer(folder, card)
             except EvaluationError as error:
                 tqdm.write(f"{name} could not be scored, and is not tried again: {error}")
                 known[name] = None
             finally:
-                remove_model(folder)
+                _remove_reference(place)
             with study.alone():
                 study.optuna_study.set_user_attr(REFERENCES, known)
+
+
+def _remove_reference(place: pathlib.Path) -> None:
+    remove_model(place / "model")
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _copy(model: pathlib.Path, folder: pathlib.Path) -> None:

@@ -28,6 +28,11 @@ READ = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|index\.json|model)|(adapter_)?config\.json"
     r"|(tokenizer|vocab|merges|special_tokens|added_tokens).*"
 )
+#: Options of mergekit's that a model depends on, beside its configuration.
+HOST = (
+    "allow_crimes", "unsafe_truncate_embeddings", "lora_merge_dtype", "trust_remote_code",
+    "copy_tokenizer", "tensor_union", "tensor_intersection",
+)  # fmt: skip
 #: What a trial needs no merge for, but a weighted sum of files.
 LINEAR = {"weight", "lambda"}
 
@@ -54,6 +59,8 @@ class Job:
     gpus: tuple[int, ...] = ()
     #: Optuna's storage; without one, a journal in the folder.
     storage: str | None = None
+    #: Those of mergekit's options that a model depends on.
+    host: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse what no search can be made of, before anything is written."""
@@ -78,6 +85,17 @@ class Job:
                 f"names that end in {self.output.suffix} are those of what a search leaves beside",
                 "name it .yml",
             )
+        if self.output.resolve().is_relative_to(self.folder.resolve()):
+            raise PCBError(
+                f"write the best configuration to {self.output}",
+                f"{self.folder} holds what the search itself keeps, and nothing else",
+                "write it elsewhere, or name another folder with --work",
+            )
+        front = self.output.with_suffix(".front")
+        if len(self.scores) > 1 and front.exists() and not front.is_dir():
+            raise PCBError(
+                f"write the best configurations to {front}", "it is no folder", "move it away"
+            )
         names = [score.name for score in self.scores]
         if len(set(names)) < len(names):
             raise PCBError("score", "two scores have one name", "name them apart")
@@ -101,7 +119,7 @@ class Job:
         told = [self.configuration, self.command, self.searched, self.seed]
         told += [{name: bounds[name] for name in self.searched if name in bounds}]
         told += [_files_of(name) for name in named_models(self.configuration)]
-        told += [self.minimize, [str(score) for score in self.scores]]
+        told += [self.minimize, [str(score) for score in self.scores], self.host]
         text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -157,6 +175,8 @@ def space_of(job: Job) -> Space:
         value = values.get(name, common.get(name, SPECS[name].default))
         if name in CHOICES and value in CHOICES[name]:
             return str(value)
+        if isinstance(value, str):  # a number that YAML takes for text: 1e-1
+            value = SPECS[name].validate(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PCBError(
                 f"search {name}",
@@ -166,6 +186,12 @@ def space_of(job: Job) -> Space:
         return float(value)
 
     shared = []
+    if "density" in job.searched and common.get("statistics"):
+        raise PCBError(
+            "search density",
+            "the statistics of the configuration's document were measured with one",
+            "leave `statistics` out of it",
+        )
     for name in [name for name in SHARED if name in job.searched]:
         if any(name in values for values in own):
             raise PCBError(

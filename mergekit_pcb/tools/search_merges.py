@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -62,7 +63,9 @@ class Merges:
 
     def __init__(self, job: Job, options: Any) -> None:
         self._job = job
-        self._options = options.model_copy(update={"quiet": True, "write_model_card": False})
+        # A sum is written as safetensors, so what it is a sum of has to be.
+        own = {"quiet": True, "write_model_card": False, "safe_serialization": True}
+        self._options = options.model_copy(update=own)
         self._skeleton, self._parts = job.folder / MERGED, job.folder / CONTRIBUTIONS
         self._merging = threading.Lock()  # mergekit's commands merge one model at a time
         self._told = False  # what a trial takes
@@ -160,6 +163,7 @@ class Merges:
         self.clean()
         self._parts.mkdir()
         index: dict[str, Any] = {}
+        numbers = itertools.count()  # with --multi-gpu several threads come here
 
         def keep(tensor: Prepared) -> None:
             aligned, statistics = tensor.aligned, tensor.statistics
@@ -167,7 +171,7 @@ class Merges:
             named = zip(tensor.positions, parts, strict=True)
             state = {f"task {position}": part.cpu() for position, part in named}
             state["base"] = aligned.base.to(statistics.dtype).cpu()
-            file = f"{len(index):06d}.safetensors"
+            file = f"{next(numbers):06d}.safetensors"
             own = zip(map(str, tensor.positions), tensor.weights, strict=True)
             index[aligned.name] = {
                 "file": file,

@@ -29,6 +29,8 @@ from mergekit_pcb.tools.search_space import EvaluationError, finite
 NUMBER = re.compile(
     r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\bnan\b|[-+]?\binf\b", re.IGNORECASE
 )
+#: A key may hold colons, and so may a path; where one ends in .json, the key begins behind it.
+FILE_AND_KEY = re.compile(r"(.+?\.json|.+):(.+)", re.DOTALL)
 #: What a terminal would take for a colour.
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 #: Seconds after which it is asked again whether to wait.
@@ -55,14 +57,14 @@ class Score:
     def parse(cls, text: str, *, lower: bool = False) -> Score:
         """Read ``NAME=FILE:KEY``."""
         name, _, rest = text.partition("=")
-        file, _, key = rest.rpartition(":")
-        if not (name.strip() and file and key):
+        parts = FILE_AND_KEY.fullmatch(rest)
+        if not name.strip() or parts is None:
             raise PCBError(
                 f"read the score {text!r}",
                 "it is not NAME=FILE:KEY",
                 "write, say, arc={model}/results*.json:results.arc_easy.acc,none",
             )
-        return cls(name.strip(), file, key, lower)
+        return cls(name.strip(), parts[1], parts[2], lower)
 
     def read(self, model: pathlib.Path, since: float) -> float:
         """The number, from a file that was written after this time."""
@@ -136,7 +138,8 @@ class Scorer:
             said = self._run(model, environment)
             found = [score.read(model, began) for score in self._scores]
         if not self._scores:
-            numbers = NUMBER.findall(COLOUR.sub("", said))
+            # Trials' folders are numbers, which are no scores.
+            numbers = NUMBER.findall(COLOUR.sub("", said).replace(str(model), ""))
             if not numbers:
                 raise EvaluationError("the command printed no number")
             found = [float(numbers[-1])]
@@ -173,7 +176,9 @@ class Scorer:
 
     def _run(self, model: pathlib.Path, environment: dict[str, str]) -> str:
         """What the command printed. Files take it: a pipe waits for every child in background."""
-        command = self._command.replace("{model}", shlex.quote(str(model)))
+        command, quoted = self._command, shlex.quote(str(model))
+        for name in ('"{model}"', "'{model}'", "{model}"):
+            command = command.replace(name, quoted)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             with self._lock:
                 if self._stopped:

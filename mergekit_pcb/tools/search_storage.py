@@ -22,7 +22,7 @@ JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, SCORING, IDENTITY = 
     "study.journal", "contributions", "merged", "trials", "workers", "reference", "scoring",
     "identity",
 )  # fmt: skip
-_OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, f"{REFERENCE}.pid"}
+_OWN = {JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE}
 _OWN |= {"lock", "appending", "measuring", SCORING, IDENTITY}
 
 
@@ -107,6 +107,7 @@ def refuse_other_folders(folder: pathlib.Path, storage: str | None) -> None:
     A database of SQLite that is the search's own may lie in it.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if not name.startswith(".")}  # of file managers, and unfinished
     if storage is not None and storage.startswith("sqlite"):
         database = storage.partition("?")[0].rpartition("/")[2]
         names -= {database + end for end in ("", "-journal", "-wal", "-shm")}
@@ -116,7 +117,9 @@ def refuse_other_folders(folder: pathlib.Path, storage: str | None) -> None:
             "an earlier version began it, whose log Optuna cannot read",
             "name another folder with --work, or remove that one",
         )
-    other = sorted(name for name in names if name.removesuffix(".lock") not in _OWN)
+    # Whatever else has one of our names, only a search has its workers.
+    own = _OWN if WORKERS in names else set()
+    other = sorted(name for name in names if name.removesuffix(".lock") not in own)
     if other or (folder.exists() and not folder.is_dir()):
         raise PCBError(
             f"search in {folder}",

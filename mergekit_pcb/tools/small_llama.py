@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import pathlib
 import random
+import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from mergekit_pcb.errors import PCBError
@@ -26,13 +28,13 @@ def texts(domain: str, per_file: int = TEXT_PER_FILE, total: int = TEXT_PER_DOMA
 
     ``per_file`` and ``total`` are numbers of characters. Raises :class:`PCBError`.
     """
-    packages = pathlib.Path(sysconfig.get_path("purelib"))
+    stubs = pathlib.Path(numpy.__file__).parent
     sources: dict[str, Callable[[], Iterable[pathlib.Path]]] = {
         "python": lambda: pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"),
         "c++": lambda: _headers(pathlib.Path(torch.__file__).parent / "include"),
-        "prose": lambda: packages.glob("*.dist-info/METADATA"),
-        "metadata": lambda: packages.glob("*.dist-info/METADATA"),
-        "stubs": lambda: packages.glob("numpy/**/*.pyi"),
+        "prose": _descriptions,
+        "metadata": _descriptions,
+        "stubs": lambda: stubs.glob("**/*.pyi"),
     }
     ordered = sorted(sources[domain]())
     random.Random(domain).shuffle(ordered)  # noqa: S311 - not for secrets
@@ -60,6 +62,12 @@ def up_to(total: int, texts: Iterable[str], per_text: int) -> list[str]:
         if size >= total:
             break
     return found
+
+
+def _descriptions() -> Iterator[pathlib.Path]:
+    """Of the packages that can be imported, wherever they are."""
+    for place in sorted({path for path in sys.path if pathlib.Path(path).is_absolute()}):
+        yield from pathlib.Path(place).glob("*.dist-info/METADATA")
 
 
 def _headers(folder: pathlib.Path) -> list[pathlib.Path]:
