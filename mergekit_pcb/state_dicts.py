@@ -23,16 +23,24 @@ from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import (
     explained,
     explained_for,
+    further_names,
     is_infinite,
     name_of,
+    place_of,
     refuse_beyond,
+    refuse_mixed,
 )
+from mergekit_pcb.host.in_memory import in_memory
 from mergekit_pcb.host.kinds import kinds_of
-from mergekit_pcb.host.method import PCBMerge, in_memory, prepare
+from mergekit_pcb.host.method import PCBMerge
+from mergekit_pcb.host.prepared import prepare
 
 LOG = logging.getLogger(__name__)
 #: What quantised weights and complex ones are stored in.
-QUANTISED = (torch.int8, torch.uint8, torch.complex64, torch.complex128)
+QUANTISED = (
+    torch.int8, torch.uint8, torch.int16, torch.int32, torch.qint8, torch.quint8, torch.qint32,
+    torch.complex64, torch.complex128,
+)  # fmt: skip
 StateDict = dict[str, torch.Tensor]
 Model = Mapping[str, torch.Tensor] | torch.nn.Module
 Weights = Sequence[float] | torch.Tensor | Mapping[str, torch.Tensor]
@@ -90,7 +98,7 @@ def contributions(
     if not experts:
         raise PCBError("merge with pcb", "there is no expert", "give at least one")
     for name, value in (("density", density), ("dare_density", dare_density)):
-        if isinstance(value, Sequence) and len(value) != len(experts):
+        if isinstance(value, (list, tuple)) and len(value) != len(experts):
             raise PCBError(
                 f"use {len(value)} values of {name}",
                 f"there are {len(experts)} experts",
@@ -106,6 +114,13 @@ def contributions(
     ]
     groups = [group for group in (_group(name, states) for name in names) if not is_infinite(group)]
     names = [name_of(group) for group in groups]
+    apart = further_names({name: _place(states[:1], name) for name in names})
+    if apart and (name := min(apart)):
+        LOG.warning(
+            "%s and %s are one tensor in the base and not in all experts; they are merged apart",
+            apart[name],
+            name,
+        )
     tied = {name: first for name, first in tied.items() if first in names}
     given = {
         "density": density,
@@ -127,6 +142,7 @@ def contributions(
     found: list[StateDict] = [{} for _ in experts]
     spectra: dict[str, Spectrum] = {}
     for name, group, values in zip(names, groups, bound, strict=True):
+        group = align_dtype(group)
         with explained_for(group):
             parts, step = prepare(group, values).contributions()
         tensor = group.entries[0].tensor
@@ -162,7 +178,14 @@ def combine(
         )
     merged = dict(base.state_dict() if isinstance(base, torch.nn.Module) else base)
     names = contributions[0] if len(contributions) else {}
-    _refuse_other_base(merged, names)
+    for part in contributions:
+        _refuse_other_base(merged, part)
+        if part.keys() != names.keys():
+            raise PCBError(
+                "combine these contributions",
+                f"not all have {min(part.keys() ^ names.keys())}",
+                "give each the same tensors",
+            )
     if isinstance(weights, Mapping) and (
         missing := names.keys() - contributions.tied.keys() - weights.keys()
     ):
@@ -181,9 +204,10 @@ def combine(
                 f"{row!r} is one weight, and each contribution has one",
                 "give a sequence of weights",
             )
-        if len(row) != len(contributions):
+        if len(row) != len(contributions) or getattr(row, "ndim", 1) > 1:
             raise PCBError(
-                f"combine {len(contributions)} contributions with {len(row)} weights",
+                f"combine {len(contributions)} contributions with "
+                f"{' × '.join(map(str, getattr(row, 'shape', [len(row)])))} weights",
                 "each contribution has one",
                 "give as many weights",
             )
@@ -196,7 +220,8 @@ def combine(
             with explained(None, "the base", []):
                 delta = apply(step, delta.reshape(-1), name).view(delta.shape)
         start = merged[name]
-        summed = start.detach().to(delta.dtype) + scale * delta
+        wide = torch.promote_types(delta.dtype, working_dtype(start.dtype))
+        summed = start.detach().to(wide) + scale * delta
         if not summed.requires_grad:
             if not finite(summed):
                 raise PCBError(
@@ -220,15 +245,17 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
             f"one of them is a {type(state).__name__}",
             "give modules or state dicts",
         )
-    found = {}
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor):
+    found, items = {}, dict[Any, Any](state)
+    for name, value in items.items():
+        if isinstance(value, torch.Tensor) and isinstance(name, str):
             found[name] = value
-        elif not name.endswith("_extra_state"):
+        elif not str(name).endswith("_extra_state"):
             raise PCBError(
                 "merge these models",
-                f"{name} is a {type(value).__name__} and no tensor",
-                "give modules or state dicts, whose values are tensors",
+                f"{name!r} is a {type(value).__name__} and no tensor"
+                if isinstance(name, str)
+                else f"{name!r} is no name of a tensor",
+                "give modules or state dicts, which map names to tensors",
             )
     return found
 
@@ -271,24 +298,13 @@ def _refuse_other_tensors(states: Sequence[Mapping[str, torch.Tensor]]) -> None:
 
 def _tied(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, str]:
     """Further names of tensors that are one and the same in every model, with the first name."""
-    places = {}
-    for name in states[0]:
-        tensors = [state[name] for state in states if name in state]
-        if len(tensors) == len(states) and all(
-            tensor.numel() and tensor.layout == torch.strided for tensor in tensors
-        ):
-            places[name] = tuple(
-                (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                for tensor in tensors
-            )
-    return further_names(places)
+    return further_names({name: _place(states, name) for name in states[0]})
 
 
-def further_names(places: Mapping[str, Hashable]) -> dict[str, str]:
-    """Names that mean what an earlier name means, with the first such name."""
-    first: dict[Hashable, str] = {}
-    named = {name: first.setdefault(place, name) for name, place in places.items()}
-    return {name: known for name, known in named.items() if known != name}
+def _place(states: Sequence[Mapping[str, torch.Tensor]], name: str) -> Hashable:
+    """Where a tensor of all models lies; where one lacks it, nowhere."""
+    there = all(name in state for state in states)
+    return place_of([state[name] for state in states]) if there else object()
 
 
 def _refuse_other_base(base: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> None:
@@ -304,8 +320,9 @@ def _refuse_other_base(base: Mapping[str, torch.Tensor], names: Mapping[str, tor
 
 
 def _group(name: str, states: Sequence[Mapping[str, torch.Tensor]]) -> TensorGroup:
-    """The tensors of one name, in the dtype that holds the values of all of them."""
+    """The tensors of one name, as they are."""
     ids = ["the base", *(f"expert {number}" for number in range(len(states) - 1))]
     tensors = [state[name] for state in states]
     group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0, name=name)
-    return align_dtype(group)
+    refuse_mixed(group)
+    return group

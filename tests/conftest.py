@@ -39,7 +39,7 @@ def pytest_configure(config):
         return
     import checkpoints
 
-    from mergekit_pcb.host.method import Prepared
+    from mergekit_pcb.host.prepared import Prepared
 
     merged, contributions = Prepared.merged, Prepared.contributions
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import weakref
 
 import pytest
@@ -9,20 +10,24 @@ import torch
 import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
 from click.testing import CliRunner
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.merge_methods.base import TensorGroup
+from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from safetensors.torch import save_file
 from test_bad_input import refused
 from test_plan import run_in_process
 from test_vocabulary import NEW, WORDS, paths  # noqa: F401 - a fixture
 from test_whole_model import assert_equal_states, whole_reference
 
-from mergekit_pcb import combine, contributions
+from mergekit_pcb import PCBError, combine, contributions
 from mergekit_pcb.core import fused, ranks, vectors
 from mergekit_pcb.core.measure import Recipe, measure
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.host import advice, inputs, planning, whole_model
 from mergekit_pcb.host.method import PCBMerge
+from mergekit_pcb.host.plan import Plan
 from mergekit_pcb.tools import check
 from mergekit_pcb.tools.cli import main
 
@@ -84,7 +89,7 @@ def test_masks_of_old_files_are_no_obstacle_to_another_dtype(tmp_path):
 def test_finite_constants_take_part_in_memory_as_they_do_in_files(tmp_path):
     torch.manual_seed(0)
     names = [f"{number}.attn.masked_bias" for number in range(6)]
-    constants = dict.fromkeys(names, torch.tensor([-1e4]))
+    constants = {name: torch.tensor([-1e4]) for name in names}
     states = [{"w": torch.randn(8, 8), **constants} for _ in range(3)]
     files = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for state, file in zip(states, files, strict=True):
@@ -352,3 +357,106 @@ def test_a_last_slice_of_more_models_than_the_first(tmp_path, family):
     # The model that is left out may be the base.
     config["slices"] = [piece(0, models[0], base), piece(2, models[0], models[1], base)]
     assert f"of {base}, because mergekit 0.1.5 loads it of as many" in refused(tmp_path, config)
+
+
+def test_whole_numbers_are_no_dtype_of_weights(tmp_path, family):
+    for field in ("dtype", "out_dtype"):
+        said = refused(tmp_path, configuration(family, **{field: "int64"}))
+        assert f"use {field}: int64, because weights are no whole numbers" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x"])
+def test_devices_that_torch_does_not_know_are_told(tmp_path, family, device):
+    said = refused(tmp_path, configuration(family), options=["--device", device])
+    assert f"merge on {device}" in said
+
+
+def test_slices_have_to_list_the_base(tmp_path, family):
+    base, *models = map(str, family)
+    sources = [{"model": name, "layer_range": [0, 4]} for name in models]
+    config = {"merge_method": "pcb", "base_model": base, "slices": [{"sources": sources}]}
+    assert f"base model {base} is none of the slice's sources" in refused(tmp_path, config)
+
+
+def test_one_adapter_under_two_names_is_told(tmp_path, family):
+    def named(adapter):
+        return ModelReference.model_validate(f"{family[0]}+{tmp_path}/{adapter}")
+
+    adapters = [named("a"), named("./a"), named("b")]
+    plan = planning.plan_without_merging(yaml.safe_dump(configuration(family)), MergeOptions())
+    task = plan.tasks[0].model_copy(update={"model_order": tuple(adapters)})
+    values = dict.fromkeys(adapters, plan.tasks[0].input_parameters[plan.models[0]])
+    task = task.model_copy(update={"input_parameters": ImmutableMap(values)})
+    with pytest.raises(PCBError, match="they are one model under two names"):
+        Plan([task], MergeOptions())
+
+
+def test_counters_that_differ_are_told(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, file in enumerate(files):
+        save_file({"w": torch.randn(8, 8), "count": torch.tensor([number])}, file)
+    said = refused(tmp_path, configuration(files), mergekit_pytorch)
+    assert f"other whole numbers in {files[2]} than in" in said
+
+
+def test_shards_of_mergekit_pytorch_are_the_same_in_every_process(tmp_path):
+    """Mergekit takes the names of tensors from a set."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    torch.manual_seed(0)
+    for file in files:
+        save_file({f"w{number}": torch.randn(8, 8) for number in range(8)}, file)
+    found = []
+    for seed in "12":
+        place = tmp_path / seed
+        options = ["--out-shard-size", "100"]
+        merge(
+            place, configuration(files), *options, command="mergekit-pytorch", PYTHONHASHSEED=seed
+        )
+        shards = sorted((place / "merged").glob("*.safetensors"))
+        found.append([path.read_bytes() for path in shards])
+    assert len(found[0]) > 3
+    assert found[0] == found[1]
+
+
+def test_dtype_decides_what_is_computed_in(tmp_path):
+    """A few numbers in float64 do not widen a merge that is cast to float32."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    torch.manual_seed(0)
+    for file in files:
+        save_file({"w": torch.randn(8, 8), "few": torch.randn(3).double()}, file)
+    config = configuration(files, parameters={"scope": "model"}, dtype="float32")
+    plan = planning.plan_without_merging(yaml.safe_dump(config), MergeOptions(quiet=True))
+    assert whole_model.measure_to_document(inputs.Inputs(plan)).arithmetic == "float32"
+
+
+def test_the_tokenizer_of_a_further_model_belongs_to_the_statistics(tmp_path, paths):  # noqa: F811
+    """It decides which rows there are; nor is it overwritten."""
+    other = tmp_path / "other"
+    shutil.copytree(paths[2], other)
+    config = configuration(
+        paths[:2], parameters={"scope": "model"}, tokenizer={"source": str(other)}
+    )
+    file, statistics = tmp_path / "c.yml", tmp_path / "s.json"
+    file.write_text(yaml.safe_dump(config))
+    words = ["measure", str(file), "--quiet", "-o"]
+    result = CliRunner().invoke(main, [*words, str(other / "tokenizer.json")])
+    assert f"it belongs to the model {other}" in result.output
+    assert CliRunner().invoke(main, [*words, str(statistics)]).exit_code == 0
+    config["parameters"]["statistics"] = str(statistics)
+    merge(tmp_path / "same", config)
+    text = (other / "tokenizer.json").read_text()
+    assert NEW[0] in text
+    (other / "tokenizer.json").write_text(text.replace(NEW[0], NEW[0][::-1]))
+    assert f"the tokenizer of {other} is not the one" in refused(tmp_path / "same", config)
+
+
+def test_a_report_refuses_what_the_merge_refuses(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, file in enumerate(files):
+        save_file({"w": torch.full((8, 8), 6e4) + number * torch.arange(64.0).view(8, 8)}, file)
+    config = configuration(files, parameters={"lambda": 200.0, "density": 0.5}, out_dtype="float16")
+    file = tmp_path / "c.yml"
+    file.write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(main, ["report", str(file), "-o", str(tmp_path / "r"), "--quiet"])
+    assert "its values do not fit into torch.float16" in result.output

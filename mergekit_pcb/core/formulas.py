@@ -199,9 +199,7 @@ def representable(largest: float, tasks: int, dtype: torch.dtype) -> bool:
     limits = torch.finfo(dtype)
     if not math.isfinite(largest) or largest * tasks > limits.max:
         return False
-    if dtype == torch.float64 or largest == 0:  # nothing wider to turn to, or nothing to tell
-        return True
-    return tellable(largest * largest, dtype)
+    return largest == 0 or tellable(largest * largest, dtype)
 
 
 def tellable(peak: float, dtype: torch.dtype) -> bool:

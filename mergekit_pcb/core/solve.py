@@ -102,6 +102,7 @@ def _solved(
         return results
     ridge = anchor * len(norms.changed) / layout.columns
     factors = [abs(row[task]) * norms.tasks[task] for row in weights for task in norms.changed]
+    factors += [1 / norms.tasks[task] for task in norms.changed]
     if max(ridge, *factors) > torch.finfo(dtype).max:
         if dtype == torch.float64:
             raise OutOfRangeError(matrix.aligned.name)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, finite
 from mergekit_pcb.core.solve import NotSolvableError
@@ -19,6 +22,7 @@ from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 
 LOG = logging.getLogger(__name__)
+Name = TypeVar("Name", bound=Hashable)
 #: End of the names of numbers that old checkpoints hold for their masks, infinite in float16.
 CONSTANT = ".masked_bias"
 
@@ -54,15 +58,45 @@ def is_constant(group: TensorGroup) -> bool:
     return name_of(group).endswith(CONSTANT) and all(torch.equal(first, other) for other in others)
 
 
-def is_infinite(group: TensorGroup) -> bool:
-    """Whether it is such a constant that cannot be measured; other tensors may not be."""
-    return is_constant(group) and not finite(group.entries[0].tensor)
+def is_infinite(group: TensorGroup, dtype: torch.dtype | None = None) -> bool:
+    """Whether it is such a constant that cannot be measured, cast to a dtype; others may not be."""
+    if not name_of(group).endswith(CONSTANT):
+        return False
+    cast = align_dtype(group, dtype)
+    return is_constant(cast) and not finite(cast.entries[0].tensor)
 
 
 @functools.cache
 def warn_of_one_mask() -> None:
     """Say once that tensors without a name cannot be told apart."""
     LOG.warning("tensors without a name are all thinned by one DARE mask; give each a name (name=)")
+
+
+def place_of(tensors: Sequence[torch.Tensor]) -> Hashable:
+    """Where tensors lie in memory; the same for two names of one tensor in every model."""
+    if not all(tensor.numel() and tensor.layout == torch.strided for tensor in tensors):
+        return object()
+    return tuple((t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in tensors)
+
+
+def further_names(places: Mapping[Name, Hashable]) -> dict[Name, Name]:
+    """Names that mean what an earlier name means, with the first such name."""
+    first: dict[Hashable, Name] = {}
+    named = {name: first.setdefault(place, name) for name, place in places.items()}
+    return {name: known for name, known in named.items() if known != name}
+
+
+def refuse_mixed(group: TensorGroup) -> None:
+    """Refuse float8 beside another dtype: torch knows none that holds both."""
+    first, *others = group.entries
+    for other in others:
+        kinds = first.tensor.dtype, other.tensor.dtype
+        if kinds[0] != kinds[1] and any(k.is_floating_point and k.itemsize == 1 for k in kinds):
+            raise PCBError(
+                f"merge tensor {name_of(group)}",
+                f"it is {kinds[0]} in {first.id} and {kinds[1]} in {other.id}",
+                "set `dtype: float32`, or cast the models to one dtype",
+            )
 
 
 def check_shapes(group: TensorGroup) -> None:
@@ -84,12 +118,18 @@ def refuse_beyond(dtype: torch.dtype | None, merged: torch.Tensor, name: str) ->
     """Refuse a merged tensor that becomes infinite by a cast to a narrower dtype, if to any."""
     if dtype is None or not (dtype.is_floating_point and merged.is_floating_point()):
         return
-    largest = torch.finfo(dtype).max
+    limits = torch.finfo(dtype)
+    largest = limits.max
     # bfloat16 ends where float32 does, but for its last digits.
     if torch.finfo(merged.dtype).max > 1.01 * largest and merged.numel():
         # Casting keeps the order of numbers.
         extremes = torch.stack(merged.aminmax())
-        if extremes.isfinite().all() and not extremes.to(dtype).float().isfinite().all():
+        if not extremes.isfinite().all():
+            return
+        # What is rounded to the largest is not beyond it; torch clips float8 to it.
+        rounded = largest + limits.eps * 2 ** (math.frexp(largest)[1] - 2)
+        clipped = dtype.itemsize == 1 and float(extremes.abs().max()) >= rounded
+        if clipped or not extremes.to(dtype).float().isfinite().all():
             raise beyond(dtype, name)
 
 

@@ -31,11 +31,14 @@ Tensors = Mapping[Any, torch.Tensor | None]
 TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
 )
 
 
@@ -150,9 +153,15 @@ class Inputs:
         index = cache.get(key).index
         folder = pathlib.Path(index.base_path)
         names = [shard.filename for shard in index.shards]
-        if self.plan.tokenizer is not None:
-            names += [name for name in TOKENIZER_FILES if (folder / name).exists()]
-        return [folder / name for name in sorted(names)]
+        files = [folder / name for name in names]
+        return sorted(files + (tokenizer_files(folder) if self.plan.tokenizer is not None else []))
+
+    def tokenizer_source(self) -> tuple[str, list[pathlib.Path]] | None:
+        """A model that gives the tokenizer and nothing else, and its files, where they are here."""
+        source: Any = getattr(self.plan.tokenizer, "tokenizer_source", None)
+        if source in ("union", "base", None, self.plan.base, *self.plan.models):
+            return None
+        return str(source), tokenizer_files(pathlib.Path(source.model.path))
 
     def layout(self) -> Iterable[str]:
         """Which tensors of the inputs make which of the output, a line each, sorted by name."""
@@ -162,6 +171,10 @@ class Inputs:
             how, infos = _vocabulary(tasks[name].gather_tensors, models), sources_of(tasks[name])
             sources = [infos[model].name for model in models] if infos is not None else []
             yield json.dumps([name, self.sizes[name].elements, sources, how])
+
+
+def tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
 def group_of(task: ExecuteMergeMethodTask, tensors: Tensors) -> TensorGroup:

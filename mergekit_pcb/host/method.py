@@ -9,9 +9,7 @@ package of merge methods is half initialised (see ``_autoload.py``).
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,86 +23,22 @@ from mergekit.merge_methods.base import (
     OptionalTensorPolicy,
     TensorGroup,
 )
-from mergekit.merge_methods.dtype import align_dtype
 
 from mergekit_pcb import _autoload
-from mergekit_pcb.core import merge, refine
-from mergekit_pcb.core.measure import Statistics, check_finite, finite, measure_together
-from mergekit_pcb.core.refine import Refinement, Spectrum
-from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import (
-    aligned,
-    beyond,
     check_shapes,
     explained_for,
     is_constant,
-    is_infinite,
     name_of,
-    warn_of_one_mask,
+    refuse_beyond,
+    refuse_mixed,
 )
-from mergekit_pcb.host.kinds import Kind, assumed, fitted, layout_of, unrefined
-from mergekit_pcb.host.parameters import (
-    MODEL,
-    PARAMETERS,
-    Values,
-    density_remarks,
-    one_recipe,
-    recipe_of,
-    refinement_of,
-    refines,
-    scope_of,
-)
+from mergekit_pcb.host.in_memory import in_memory
+from mergekit_pcb.host.parameters import MODEL, PARAMETERS, Values, refines
+from mergekit_pcb.host.prepared import KNOWN, Known, not_planned, prepare
 
-LOG = logging.getLogger(__name__)
-#: The parameter under which a group comes with what is known of its merge.
-KNOWN = "known"
 _IN_MEMORY = object()  # in its place until all groups of a call in memory are seen
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One tensor, ready to be merged; what ``report`` and ``search`` look at.
-
-    ``positions`` are the places of its tasks in the configuration, from 0, without the base.
-    """
-
-    aligned: Aligned
-    statistics: Statistics
-    positions: Sequence[int]
-    weights: Sequence[float]
-    scale: float
-    refinement: Refinement | None = None
-
-    def merged(self) -> torch.Tensor:
-        """A new flat tensor of the base's dtype."""
-        own = self.aligned, self.statistics, self.weights, self.scale
-        return merge.merge(*own) if self.refinement is None else refine.merge(*own, self.refinement)
-
-    def contributions(self) -> tuple[tuple[torch.Tensor, ...], Spectrum | None]:
-        """What the ``weight`` of each task multiplies, flat, and the step on their sum, if any."""
-        if self.refinement is None:
-            return merge.contributions(self.aligned, self.statistics), None
-        return refine.contributions(self.aligned, self.statistics, self.refinement)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of the merge that a tensor belongs to.
-
-    ``tasks`` are all of the configuration's, also where a tensor is missing in some.
-    ``statistics`` are those of the whole model, under ``scope: model``; ``measured`` says that
-    this tensor took part in them, so that it is finite. ``observe`` is shown every tensor.
-    ``kind`` is what the tensor is to the activations, where its matrices are refined, and
-    ``shape`` that of the module's own tensor, if it is known.
-    """
-
-    tasks: Sequence[Hashable]
-    statistics: Statistics | None = None
-    measured: bool = False
-    observe: Callable[[Prepared], None] | None = None
-    kind: Kind = Kind.ELEMENTS
-    shape: tuple[int, ...] | None = None
 
 
 class PCBMerge(GroupMergeMethod):
@@ -146,6 +80,12 @@ class PCBMerge(GroupMergeMethod):
                 "task vectors are differences from a base model, and none is given",
                 "add `base_model:` to the configuration (in Python: base= or base_index=)",
             )
+        if base_id not in input_ids and ".slices[" in where:
+            raise PCBError(
+                f"merge{where}",
+                f"the base model {base_id} is none of the slice's sources",
+                "list it there with its layer_range",
+            )
         if base_id not in input_ids:
             raise PCBError(
                 f"merge{where or ' with pcb'}",
@@ -170,6 +110,22 @@ class PCBMerge(GroupMergeMethod):
         bound = super()._bind_parameters(groups, parameters)
         return [{**values, KNOWN: _IN_MEMORY} for values in bound]
 
+    def _execute_resolved(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        for group in groups if dtype is None else ():
+            if group.entries:
+                refuse_mixed(group)
+        found: tuple[torch.Tensor, ...] = super()._execute_resolved(
+            groups, parameters, dtype=dtype, **options
+        )
+        return found
+
     def _execute(
         self,
         groups: Sequence[TensorGroup],
@@ -190,14 +146,15 @@ class PCBMerge(GroupMergeMethod):
             ]
         elif known is _IN_MEMORY:
             parameters = in_memory(groups, parameters, input_dtypes)
-        merged: tuple[torch.Tensor, ...] = super()._execute(
-            groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
-        )
-        for group, tensor in zip(groups, merged, strict=True):
-            # The methods' own check was of the dtype before this cast.
-            if out_dtype is not None and not is_constant(group) and not finite(tensor):
-                raise beyond(out_dtype, name_of(group))
-        return merged
+        merged = []
+        for group, values, dtype in zip(groups, parameters, input_dtypes, strict=True):
+            (tensor,) = super()._execute([group], [values], options, input_dtypes=[dtype])
+            if out_dtype is not None:
+                if not is_constant(group):
+                    refuse_beyond(out_dtype, tensor, name_of(group))
+                tensor = tensor.to(out_dtype)
+            merged.append(tensor)
+        return tuple(merged)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         if is_constant(group):
@@ -211,106 +168,16 @@ class PCBMerge(GroupMergeMethod):
         return merged.view(group.entries[0].tensor.shape)
 
 
-def in_memory(
-    groups: Sequence[TensorGroup],
-    parameters: Sequence[Values],
-    dtypes: Sequence[torch.dtype | None],
-    kinds: Mapping[str, Kind] | None = None,
-) -> list[dict[str, Any]]:
-    """Complete the bound parameters of groups that are all at hand: their whole-model statistics.
-
-    ``dtypes`` are what the groups are cast to before they are merged, ``kinds`` what the groups
-    are, by name; by default all of two dimensions are assumed to be weights of linear layers.
-    """
-    names = [name_of(group) for group in groups]
-    ids = [[task.id for task in group.non_base] for group in groups]
-    for remark in density_remarks(parameters).values():
-        LOG.warning(remark)
-    if any(
-        group.metadata.name is None and min(values["dare_density"].values()) < 1
-        for group, values in zip(groups, parameters, strict=True)
-    ):
-        warn_of_one_mask()
-    statistics = None
-    if scope_of(list(zip(names, parameters, strict=True))) == MODEL:
-        if path := parameters[0]["statistics"]:
-            raise PCBError(
-                f"use statistics {path} in memory",
-                "they belong to checkpoint files, and these models have none",
-                "leave `statistics` out",
-            )
-        recipes = map(recipe_of, parameters, ids)
-        recipe = one_recipe(list(zip(names, recipes, strict=True)))
-        cast = [align_dtype(group, dtype) for group, dtype in zip(groups, dtypes, strict=True)]
-        with explained_for(groups[0], of_whole_model=True):
-            flat = [aligned(group) for group in cast if not is_infinite(group)]
-            statistics = measure_together(flat, recipe) if flat else None
-    chosen = {
-        name: group.entries[0].tensor.ndim
-        for name, group, values in zip(names, groups, parameters, strict=True)
-        if refines(values)
-    }
-    if kinds is None:
-        kinds = dict.fromkeys(names, Kind.ASSUMED)
-        if matrices := [name for name, dimensions in chosen.items() if dimensions == 2]:
-            LOG.warning(assumed(matrices, "nothing is known of tensors in memory but their shapes"))
-    elif unknown := [
-        name
-        for name, dimensions in chosen.items()
-        if dimensions > 1 and kinds.get(name, Kind.UNKNOWN) is Kind.UNKNOWN
-    ]:
-        LOG.warning(unrefined(unknown))
-    measured = statistics is not None
-    return [
-        {**values, KNOWN: Known(tasks, statistics, measured, kind=kinds.get(name, Kind.UNKNOWN))}
-        for name, values, tasks in zip(names, parameters, ids, strict=True)
-    ]
-
-
 def _unplanned(group: TensorGroup, values: Values) -> Known:
     """What is known of a tensor whose merge was not planned by this package: only itself."""
     if values["scope"] == MODEL or values["statistics"]:
-        raise _not_planned("scope: model", group)
+        raise not_planned("scope: model", group)
     # Masks go by position, and models that lack the tensor are not seen.
     if any(density < 1 for density in values["dare_density"].values()):
-        raise _not_planned("dare_density", group)
+        raise not_planned("dare_density", group)
     if refines(values):
-        raise _not_planned("refine or spectrum", group)
+        raise not_planned("refine or spectrum", group)
     return Known([task.id for task in group.non_base])
-
-
-def _not_planned(asked: str, group: TensorGroup) -> PCBError:
-    return PCBError(
-        f"use {asked} for tensor {name_of(group)}",
-        "this merge was not planned by mergekit-pcb, which so knows neither its other tensors nor "
-        "its other models (the plan was made by hand, by another mergekit than 0.1.5, or behind a "
-        "wrapper)",
-        "run it with `mergekit-pcb yaml` or mergekit's own commands, version 0.1.5, or use scope: "
-        "tensor without DARE and refine",
-    )
-
-
-def prepare(group: TensorGroup, parameters: Values) -> Prepared:
-    """Measure one tensor, or take its part of the whole model's statistics."""
-    flat, known = aligned(group), parameters[KNOWN]
-    ids = [task.id for task in group.non_base]
-    # An optional tensor may be missing in some of the models.
-    positions = [known.tasks.index(task) for task in ids]
-    if known.statistics is None:
-        if parameters["scope"] == MODEL:  # an executor that dropped an argument
-            raise _not_planned("scope: model", group)
-        statistics = measure_together([flat], recipe_of(parameters, ids, positions))
-    else:
-        if not known.measured:
-            check_finite(flat)
-        statistics = known.statistics.of(positions)
-        if working_dtype(flat.base.dtype) == torch.float64:
-            statistics = replace(statistics, dtype=torch.float64)
-    weights = [parameters["weight"][task] for task in ids]
-    shape = group.entries[0].tensor.shape
-    layout = layout_of(fitted(known.kind, known.shape, shape), shape)
-    refinement = refinement_of(parameters, layout)
-    return Prepared(flat, statistics, positions, weights, parameters["lambda"], refinement)
 
 
 if not any(method.spec.name == PCBMerge.spec.name for method in registry.registered_methods()):

@@ -7,6 +7,7 @@ refuses what would make "the whole model" ambiguous. It reads no tensor.
 
 from __future__ import annotations
 
+import copy
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,6 @@ from mergekit_pcb.core.measure import Recipe
 from mergekit_pcb.errors import PCBError, one_line
 from mergekit_pcb.host.architecture import Architecture, architecture_of
 from mergekit_pcb.host.kinds import Kind
-from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.parameters import (
     MODEL,
     SPECS,
@@ -32,6 +32,7 @@ from mergekit_pcb.host.parameters import (
     refines,
     scope_of,
 )
+from mergekit_pcb.host.prepared import Prepared
 
 
 class PlanOptions(MergeOptions):
@@ -81,6 +82,12 @@ class Plan:
             self.recipe = one_recipe(recipes)
         self._check_paths()
         self.statistics_file = str(self.tasks[0].parameters["statistics"])
+
+    def observed(self, observe: Callable[[Prepared], None]) -> Plan:
+        """The same plan, of which every tensor is shown before it is merged."""
+        found = copy.copy(self)
+        found.options = PlanOptions.of(self.options, observe=observe)
+        return found
 
     @property
     def base(self) -> Any:

@@ -26,9 +26,10 @@ from mergekit.options import MergeOptions
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
 from mergekit_pcb.host import advice, damage, refined, vocabulary
-from mergekit_pcb.host.method import PCBMerge, Prepared
+from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.nodes import MergeTensor, nodes_of
 from mergekit_pcb.host.plan import Plan, PlanOptions
+from mergekit_pcb.host.prepared import Prepared
 
 #: Where configurations name models, and the paths of models and adapters.
 _NAMING = "model", "base_model", "lora", "path"
@@ -90,7 +91,9 @@ def wrap_raw_planner(module: ModuleType) -> None:
         targets = original(config, out_path, tensor_union, tensor_intersection, options)
         if not isinstance(merge_methods.get(config.merge_method), PCBMerge):
             return targets
+        # mergekit takes the tensors' names from a set, in another order in every process.
         saves = [target for target in targets if isinstance(target, SaveTensor)]
+        saves.sort(key=lambda save: save.tensor_name)
         nodes = _planned([save.tensor_task for save in saves], options, config)
         ours = [
             save.model_copy(update={"tensor_task": node})
@@ -194,12 +197,20 @@ def named_models(part: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def tokenizer_source(document: Any) -> list[str]:
+    """The model that a configuration takes the tokenizer of, if it names one."""
+    own = document if isinstance(document, dict) else {}
+    tokenizer = own.get("tokenizer")
+    source = tokenizer.get("source") if isinstance(tokenizer, dict) else own.get("tokenizer_source")
+    return [] if source in ("union", "base") else named_models({"model": source})
+
+
 def refuse_to_overwrite(output: pathlib.Path, config: pathlib.Path, document: Any) -> None:
     """Refuse an output that is the configuration or lies in a model it names."""
     target = output.resolve()
     if target == config.resolve():
         raise PCBError(f"write {output}", "it is the configuration itself", "name another file")
-    for name in named_models(document):
+    for name in [*named_models(document), *tokenizer_source(document)]:
         if not seen(name):
             continue
         place = pathlib.Path(name).resolve()
@@ -278,7 +289,7 @@ def _refuse_adapters(configuration: Any, options: MergeOptions) -> None:
 
 def execute(plan: Plan, observe: Callable[[Prepared], None]) -> Iterator[Any]:
     """Merge tensor by tensor as mergekit would, show each before, and let go of it."""
-    shown = Plan(plan.tasks, PlanOptions.of(plan.options, observe=observe))
+    shown = plan.observed(observe)
     executor = Executor(nodes_of(shown), math_device=plan.device, storage_device="cpu")
     with damage.named(plan.checkpoints):
         yield from executor.run(quiet=True)

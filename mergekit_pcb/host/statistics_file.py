@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,14 +63,14 @@ class Checkpoint(_Strict):
     def of(cls, model: str, files: Sequence[pathlib.Path]) -> Checkpoint:
         with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
             marks = list(pool.map(File.of, files))
-        named = zip(files, marks, strict=True)
-        return cls(model=model, files={path.name: mark for path, mark in named})
+        return cls(model=model, files=dict(zip(_names(files), marks, strict=True)))
 
     def is_still(self, files: Sequence[pathlib.Path]) -> bool:
-        if {path.name for path in files} != set(self.files):
+        names = _names(files)
+        if set(names) != set(self.files):
             return False
         with ThreadPoolExecutor() as pool:
-            return all(pool.map(lambda path: self.files[path.name].is_still(path), files))
+            return all(pool.map(lambda n, path: self.files[n].is_still(path), names, files))
 
 
 class Task(Checkpoint):
@@ -86,7 +87,7 @@ class Task(Checkpoint):
 class Document(_Strict):
     """Everything that determines the statistics, and the statistics."""
 
-    format: Literal["mergekit-pcb statistics, version 5"]
+    format: Literal["mergekit-pcb statistics, version 6"]
     versions: dict[str, str]
     clip: FiniteFloat
     #: Which elements DARE kept, and by which generator; null where it was off for all tasks.
@@ -97,6 +98,8 @@ class Document(_Strict):
     dtype: str | None
     base: Checkpoint
     tasks: list[Task]
+    #: A further model that gave the tokenizer, if one did.
+    tokenizer: Checkpoint | None
     tensors: NonNegativeInt
     elements: NonNegativeInt
     #: How often each checkpoint was read for this.
@@ -136,10 +139,13 @@ class Wanted:
     dtype: torch.dtype | None
     layout: str
     models: Sequence[tuple[str, Sequence[pathlib.Path]]]
+    #: A model that gives the tokenizer alone.
+    tokenizer: tuple[str, Sequence[pathlib.Path]] | None = None
 
     def marks(self) -> dict[pathlib.Path, dict[str, int]]:
         """What every file is known by now."""
-        return {path: mark(path) for _, files in self.models for path in files}
+        models = [*self.models, *([self.tokenizer] if self.tokenizer else [])]
+        return {path: mark(path) for _, files in models for path in files}
 
 
 def compose(
@@ -150,7 +156,7 @@ def compose(
     recipe = wanted.recipe
     seeds = [mask.seed for mask in recipe.dare if mask is not None]
     document = Document(
-        format="mergekit-pcb statistics, version 5",
+        format="mergekit-pcb statistics, version 6",
         versions=_versions(),
         clip=recipe.clip,
         seed=seeds[0] if seeds else None,
@@ -169,6 +175,7 @@ def compose(
                 tasks, recipe.densities, recipe.dare, statistics.balances, strict=True
             )
         ],
+        tokenizer=Checkpoint.of(*wanted.tokenizer) if wanted.tokenizer else None,
         tensors=tensors,
         elements=elements,
         reads=reads,
@@ -237,9 +244,19 @@ def difference(measured: Document, wanted: Wanted) -> str | None:
             if any(other.is_still(files) for other in measured.tasks):
                 return "it lists the models in another order"
             return f"the files of {model} are not those measured as {task.model}"
+    if wanted.tokenizer is not None and (
+        measured.tokenizer is None or not measured.tokenizer.is_still(wanted.tokenizer[1])
+    ):
+        return f"the tokenizer of {wanted.tokenizer[0]} is not the one that it was measured with"
     if measured.layout != wanted.layout:
         return "the merge puts other tensors together (slices, vocabulary or names differ)"
     return None
+
+
+def _names(files: Sequence[pathlib.Path]) -> list[str]:
+    """What files are called within the folder that holds them all."""
+    folder = os.path.commonpath([path.parent for path in files]) if files else ""
+    return [str(path.relative_to(folder)) for path in files]
 
 
 def digest_of(lines: Iterable[str]) -> str:

@@ -108,6 +108,7 @@ def _wanted(inputs: Inputs) -> statistics_file.Wanted:
         plan.dtype,
         statistics_file.digest_of(inputs.layout()),
         [(str(model), inputs.files(model)) for model in (plan.base, *plan.models)],
+        inputs.tokenizer_source(),
     )
 
 
@@ -136,7 +137,9 @@ def _measure(inputs: Inputs) -> Measured:
                 bar.set_postfix_str(f"pass {reads}, tensor {number}/{len(sizes)}", refresh=False)
                 bar.update(sizes[name].nbytes)
 
-        wide = plan.dtype == torch.float64 or any(size.wide for size in sizes.values())
+        wide = any(size.wide for size in sizes.values())
+        if plan.dtype is not None:
+            wide = plan.dtype == torch.float64
         with explained(None, plan.base, plan.models):
             statistics = measure(
                 start_pass, count, _recipe_of(inputs), torch.float64 if wide else torch.float32

@@ -15,13 +15,13 @@ import torch
 from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.groups import further_names
 from mergekit_pcb.state_dicts import (
     Contributions,
     Model,
     StateDict,
     combine,
     contributions,
-    further_names,
 )
 
 # As in the released AdaMerging.

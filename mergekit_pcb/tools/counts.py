@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from mergekit_pcb.core.merge import delta, parts_of
 from mergekit_pcb.core.refine import Refinement, refined
 from mergekit_pcb.core.vectors import Scratch
-from mergekit_pcb.host.method import Prepared
+from mergekit_pcb.host.prepared import Prepared
 
 #: The row of tensors that belong to no layer.
 NO_LAYER = "other"

@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
 from mergekit_pcb.host.parameters import SPECS
-from mergekit_pcb.host.planning import named_models
+from mergekit_pcb.host.planning import named_models, tokenizer_source
 from mergekit_pcb.tools.search_scores import Score
 from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Bounds, Shared, Space
 
@@ -118,7 +118,8 @@ class Job:
         bounds = {**BOUNDS, **self.bounds}
         told = [self.configuration, self.command, self.searched, self.seed]
         told += [{name: bounds[name] for name in self.searched if name in bounds}]
-        told += [_files_of(name) for name in named_models(self.configuration)]
+        read = named_models(self.configuration) + tokenizer_source(self.configuration)
+        told += [_files_of(name) for name in read]
         told += [self.minimize, [str(score) for score in self.scores], self.host]
         text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

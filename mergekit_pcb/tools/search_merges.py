@@ -32,8 +32,8 @@ from mergekit_pcb.files import size, write_text
 from mergekit_pcb.host import planning
 from mergekit_pcb.host.groups import beyond, explained, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs
-from mergekit_pcb.host.method import Prepared
 from mergekit_pcb.host.plan import PlanOptions
+from mergekit_pcb.host.prepared import Prepared
 from mergekit_pcb.host.statistics_file import digest
 from mergekit_pcb.tools.search_job import Job, configured
 from mergekit_pcb.tools.search_space import EvaluationError, Shared
