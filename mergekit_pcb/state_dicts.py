@@ -252,7 +252,7 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
         elif not str(name).endswith("_extra_state"):
             raise PCBError(
                 "merge these models",
-                f"{name!r} is a {type(value).__name__} and no tensor"
+                f"{name} is a {type(value).__name__} and no tensor"
                 if isinstance(name, str)
                 else f"{name!r} is no name of a tensor",
                 "give modules or state dicts, which map names to tensors",

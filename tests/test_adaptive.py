@@ -71,6 +71,7 @@ def test_solved_matrices_are_adapted_through_their_spectrum(models):
 
 
 def test_the_gradient_is_the_contribution():
+    torch.manual_seed(0)
     base = {"w": torch.randn(4, 3)}
     experts = [{"w": base["w"] + 0.1 * torch.randn(4, 3)} for _ in range(2)]
     parts = contributions(base, experts, density=1.0)

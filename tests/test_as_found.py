@@ -173,7 +173,7 @@ def test_measuring_holds_one_tensor_of_each_model(tmp_path, monkeypatch):
     monkeypatch.setattr(LoadTensor, "execute", counted)
     config = configuration(made, parameters={"scope": "model"}, dtype="float32")
     run_in_process(config, tmp_path / "out")
-    assert len(loaded) >= 3 * len(made) * len(tensors(made[0])), "two passes, and the merge"
+    assert len(loaded) == 3 * len(made) * len(tensors(made[0])), "two passes, and the merge"
     assert max(most) == 1
 
 

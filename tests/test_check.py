@@ -260,18 +260,19 @@ def test_the_peak_is_about_what_a_merge_takes(monkeypatch):
     from test_properties import merge, models
 
     from mergekit_pcb.core import fused, vectors
-    from mergekit_pcb.core.vectors import CPU_CHUNK_ELEMENTS, scratch_chunks
+    from mergekit_pcb.core.vectors import chunk_elements, scratch_chunks
 
+    scratch = 4 * scratch_chunks(3) * chunk_elements(torch.device("cpu"))
     given = models(3, (1024, 2048), dtype=torch.float32)
     peak_bytes(lambda: merge(given))
     needed = peak_bytes(lambda: merge(given)) - given[0].nbytes
     # The scratch of this thread is warm, so what is left is what ranks hold.
-    assert needed <= scratch_chunks(3) * CPU_CHUNK_ELEMENTS * 4
+    assert needed <= scratch
     vectors._thread.__dict__.clear()
     monkeypatch.setenv(fused.SWITCH, "0")
     needed = peak_bytes(lambda: merge(given)) - given[0].nbytes
     # By torch's operations, it is mostly that.
-    assert 0.5 <= needed / (scratch_chunks(3) * CPU_CHUNK_ELEMENTS * 4) <= 1.4
+    assert 0.5 <= needed / scratch <= 1.4
 
 
 # --- A base that is not the base --------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_mergekit_yaml_equals_the_reference_on_every_tensor(tmp_path, tied, shar
     assert (shards > 1) == (shard_size == "60KB")
     parameters = {"density": 0.2, "lambda": 1.2, "clip": 0.01}
     out, result = merge(tmp_path, configuration(paths, parameters=parameters))
-    assert "Warning" not in result.stderr
+    assert "warning" not in result.stderr.lower()
     assert_equals_reference(out, paths, density=0.2, lam=1.2, clip=0.01)
     card = (out / "README.md").read_text()
     assert "[PCB-Merging](https://arxiv.org/abs/2410.02396)" in card
@@ -60,7 +60,14 @@ def test_weights_densities_filters_and_gradients_per_model(tmp_path, family):
         {},
     ]
     config = configuration(
-        family, per_model=per_model, parameters={"clip": "1e-3", "density": 0.3, "weight": 0.9}
+        family,
+        per_model=per_model,
+        parameters={
+            "clip": [0.0, 0.1],
+            "density": 0.3,
+            "weight": 0.9,
+            "lambda": [{"filter": "mlp", "value": 2.0}, {"value": [1.0, 0.5]}],
+        },
     )
     out, _ = merge(tmp_path, config, "--out-shard-size", "20000")
 
@@ -72,9 +79,11 @@ def test_weights_densities_filters_and_gradients_per_model(tmp_path, family):
         return {
             "weight": [2.0 + position * (0.5 - 2.0), 0.9, 0.9],
             "density": [0.3, second, 0.3],
+            "clip": 0.1 * position,
+            "lam": 2.0 if "mlp" in name else 1.0 - 0.5 * position,
         }
 
-    assert_equals_reference(out, family, clip=1e-3, per_tensor=per_tensor)
+    assert_equals_reference(out, family, per_tensor=per_tensor)
     assert len(list(out.glob("*.safetensors"))) > 1
 
 
@@ -149,8 +158,9 @@ def test_the_help_fits_on_a_screen_and_leaves_nothing_out():
     assert "..." not in shown.replace("[ARGS]...", "")
     named = [name for commands in cli.GROUPS.values() for name in commands]
     assert sorted(named) == sorted(cli.main.commands)
-    for command in cli.main.commands.values():
-        assert "Example: mergekit-pcb" in command.help
+    for name, command in cli.main.commands.items():
+        if name not in ("yaml", "multi", "pytorch"):  # whose help is mergekit's
+            assert "Example: mergekit-pcb" in command.help, name
 
 
 def test_the_model_card_says_what_the_merge_was(tmp_path, family):

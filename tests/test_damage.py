@@ -17,6 +17,7 @@ from test_bad_input import THREE_BEATS
 from test_plan import environment
 
 import mergekit_pcb
+from mergekit_pcb.files import write_text, written_whole
 from mergekit_pcb.tools import cli
 from mergekit_pcb.tools.search_merges import Merges
 
@@ -146,7 +147,7 @@ def test_names_are_shown_and_do_nothing(tmp_path):
     config, out = tmp_path / "c.yml", tmp_path / "report"
     config.write_text(yaml.safe_dump(configuration(named)))
     result = run("mergekit-pcb", "report", config, "-o", out)
-    assert "Warning" not in result.stderr
+    assert "warning" not in result.stderr.lower()
     assert "\x1b" not in result.stdout + result.stderr
     assert "\x07" not in result.stdout
     assert "\\x1b[31mred\\x07" in result.stdout
@@ -572,12 +573,31 @@ def test_one_model_under_two_names(tmp_path, small, role, scope):
     assert "they are one model under two names" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_a_dtype_that_mergekit_does_not_know(tmp_path, small, scope):
+def half_written(path):
+    with written_whole(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    target, link = tmp_path / "s.json", tmp_path / "link"
+    target.write_text("older")
+    link.symlink_to(target)
+    for path in (target, link):
+        with pytest.raises(KeyboardInterrupt):
+            half_written(path)
+        assert target.read_text() == "older"
+    write_text(link, "newer")
+    assert link.is_symlink()
+    assert target.read_text() == "newer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "s.json"]
+
+
+def test_a_dtype_that_mergekit_does_not_know(tmp_path, small):
     config, files = small
     made = configuration(files, parameters={"scope": "model"}, dtype="bf16")
     config.write_text(yaml.safe_dump(made))
-    result = invoked("measure", config, "-o", tmp_path / f"{scope}.json")
+    result = invoked("measure", config, "-o", tmp_path / "s.json")
     assert "cannot use dtype: bf16, because mergekit knows no such dtype" in result.output
 
 

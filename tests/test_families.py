@@ -91,6 +91,7 @@ def test_family(tmp_path, monkeypatch, family, shards):
     options = ["--no-copy-tokenizer"] if command == YAML else []
     result = run(command, file, "merged", *options)
     assert "Warning" not in result.stderr
+    assert "WARNING:mergekit_pcb" not in result.stderr
     assert "leaves" not in result.stderr
     out = tmp_path / "merged"
     if command == RAW:

@@ -44,11 +44,12 @@ def merged(base, tasks, *, way, density=0.2, clip=1e-4, dare=1.0, weights=None, 
 
 
 def assert_same(base, tasks, **options):
+    assert fused.compiled(str(base.device), base.dtype) is not None
     eager, fast = (merged(base, tasks, way=way, **options) for way in "01")
     assert fast[0] == eager[0]
     assert fast[1].dtype == base.dtype
     # As bits: zeros of both signs are not the same.
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.dtype.itemsize]
+    integer = {2: torch.int16, 4: torch.int32}[base.dtype.itemsize]
     assert torch.equal(fast[1].view(integer), eager[1].view(integer))
 
 
@@ -62,7 +63,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("kind", [*KINDS, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tasks", [1, 2, pytest.param(3, marks=SLOW), pytest.param(9, marks=SLOW)])
 @pytest.mark.parametrize("dare", [1.0, 0.3])
 def test_the_bits_are_those_of_torch(kind, tasks, dare):
@@ -85,7 +86,7 @@ def test_the_bits_of_large_tensors_on_several_threads(kind, size, together):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dare", [1.0, 0.3])
-@pytest.mark.parametrize("begin", [0, 24, 13])
+@pytest.mark.parametrize("begin", [0, 24, 13])  # from 13 on no loop is compiled
 def test_the_bits_of_a_part_of_the_merged_task_vector(kind, dare, begin, monkeypatch):
     base, models = inputs(kind, 10_000, 3)
     statistics, _ = merged(base, models, way="0", dare=dare)

@@ -8,9 +8,15 @@ from conftest import pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_pcb.core import ranks
+from mergekit_pcb.core import ranks, walks
 from mergekit_pcb.core.cells import Cells
 from mergekit_pcb.core.ranks import OrderStatistic
+
+
+@pytest.fixture(autouse=True, params=["numpy", "compiled"])
+def look(request, monkeypatch):
+    """What looks between fences; compiled loops put another one there for the whole process."""
+    monkeypatch.setattr(ranks, "look", ranks.between if request.param == "numpy" else walks.between)
 
 
 def settled(values, rank, *, piece=7, guess=(None, None), tied=False):

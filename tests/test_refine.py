@@ -10,7 +10,7 @@ from conftest import pieces
 from reference import dare_factors, evened, refined
 from reference import pcb as reference
 
-from mergekit_pcb.core import matrices, pools, products, refine, solve, spectrum, vectors
+from mergekit_pcb.core import fused, matrices, pools, products, refine, solve, spectrum, vectors
 from mergekit_pcb.core.matrices import Layout, Matrix
 from mergekit_pcb.core.measure import OutOfRangeError, Recipe, measure_together
 from mergekit_pcb.core.vectors import Aligned
@@ -562,8 +562,9 @@ def test_it_holds_no_more_than_it_says(rows, columns, monkeypatch):
     own = Matrix(aligned, layout, 0, torch.float32)
     most = most_alive(lambda: solve.solve(own, statistics, [[1.0, 1.0]], 0.1, norms))
     # The result, and the buffers of a chunk, which are as long as the matrix here; both are
-    # counted by the caller.
-    held = 9 * rows * columns + 2 * min(products.FACTOR_BLOCK, columns) ** 2
+    # counted by the caller. torch's operations have two more of these than compiled loops.
+    buffers = 11 if fused.compiled("cpu", torch.float32) is None else 9
+    held = buffers * rows * columns + 2 * min(products.FACTOR_BLOCK, columns) ** 2
     assert most <= solve.working_elements(layout) + held
 
 

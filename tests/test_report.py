@@ -163,15 +163,6 @@ def test_the_page_stands_alone(tmp_path, family):
     assert (out / "report.html").read_text() == first  # the same merge is the same page
 
 
-def test_names_are_escaped(tmp_path):
-    from families import save
-
-    names = ["base", "a<b>&c", "math"]
-    folders = save(tmp_path / "models", "Llama", names)
-    _, out, _ = report(tmp_path, configuration(folders))
-    assert "a<b>&c" not in (out / "report.html").read_text().split("<pre>")[0]
-
-
 @pytest.mark.parametrize(
     ("name", "layer", "kind"),
     [

@@ -712,7 +712,9 @@ def test_without_matplotlib_a_search_says_so_and_ends_well(place, monkeypatch): 
     assert not pathlib.Path("best.png").exists()
 
 
-def test_a_line_that_another_program_is_writing_is_not_cut_off(place):
+def test_a_line_that_another_program_is_writing_is_not_cut_off(place, monkeypatch):
+    from mergekit_pcb.tools import search_storage
+
     assert invoked(*arguments(budget=1)).exit_code == 0
     journal = place / "best.search" / "study.journal"
     copy = place / "copy" / "best.search" / "study.journal"
@@ -729,8 +731,15 @@ def test_a_line_that_another_program_is_writing_is_not_cut_off(place):
             log.write(line[20:])
             lock.release()
 
-        timer = threading.Timer(1, end)
-        timer.start()
+        timer = threading.Timer(0.3, end)
+        acquire = search_storage._Lock.acquire
+
+        def waited(self):  # it ends while the search already waits
+            if not timer.is_alive() and not timer.finished.is_set():
+                timer.start()
+            return acquire(self)
+
+        monkeypatch.setattr(search_storage._Lock, "acquire", waited)
         result = invoked(*arguments(budget=2))
         timer.join()
     assert result.exit_code == 0, result.output

@@ -321,6 +321,7 @@ def imports(room):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{room} imports by a relative name, which hides what it is"
             module = str(node.module)
             if (
                 module.startswith("mergekit_pcb")

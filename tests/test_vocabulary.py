@@ -7,6 +7,7 @@ import torch
 import yaml
 from checkpoints import configuration, merge, run, save_family, tensors, tiny_llama
 from reference import dare_factors
+from reference import pcb as reference
 from test_whole_model import assert_equal_states, whole_reference, with_tokenizer
 
 WORDS = [f"w{i}" for i in range(64)]
@@ -67,7 +68,18 @@ def test_two_processes_write_equal_files_that_equal_the_reference(tmp_path, path
             for task in range(2)
         ]
         expected = whole_reference(states, density=0.2, dare=torch.stack(factors))
-        assert_equal_states(first[0], expected, states[0])
+    else:
+        states = aligned(paths)
+        expected = {
+            name: reference(
+                base,
+                [state[name] for state in states[1:]],
+                density=0.2,
+                dare=torch.stack([dare_factors(4, i, name, base.numel(), 0.5) for i in range(2)]),
+            )
+            for name, base in states[0].items()
+        }
+    assert_equal_states(first[0], expected, states[0])
 
 
 @pytest.mark.slow
