@@ -460,3 +460,25 @@ def test_a_report_refuses_what_the_merge_refuses(tmp_path):
     file.write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(main, ["report", str(file), "-o", str(tmp_path / "r"), "--quiet"])
     assert "its values do not fit into torch.float16" in result.output
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_files_that_hold_a_tied_head_once_more_are_merged_like_those_that_do_not(tmp_path, scope):
+    """As `pytorch_model.bin` does, and what tools of others write."""
+    made = save_family(tmp_path / "models", tiny_llama(layers=1, tied=True), tasks=2)
+    parameters = {"scope": scope, "density": 0.3, "dare_density": 0.5}
+    run_in_process(configuration(made, parameters=parameters), tmp_path / "once")
+    once = tensors(tmp_path / "once")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    assert head not in once
+    shutil.copytree(tmp_path / "models", tmp_path / "more")
+    made = [tmp_path / "more" / path.name for path in made]
+    for path in made[:2]:
+        state = tensors(path)
+        state[head] = state[embedding].clone()
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    run_in_process(configuration(made, parameters=parameters), tmp_path / "twice")
+    twice = tensors(tmp_path / "twice")
+    assert torch.equal(twice.pop(head), twice[embedding])
+    for name, tensor in once.items():
+        assert torch.equal(twice[name], tensor), name

@@ -563,7 +563,7 @@ def test_it_holds_no_more_than_it_says(rows, columns, monkeypatch):
     most = most_alive(lambda: solve.solve(own, statistics, [[1.0, 1.0]], 0.1, norms))
     # The result, and the buffers of a chunk, which are as long as the matrix here; both are
     # counted by the caller. torch's operations have two more of these than compiled loops.
-    buffers = 11 if fused.compiled("cpu", torch.float32) is None else 9
+    buffers = 9 if fused.of(aligned, torch.float32) is not None else 11
     held = buffers * rows * columns + 2 * min(products.FACTOR_BLOCK, columns) ** 2
     assert most <= solve.working_elements(layout) + held
 

@@ -43,6 +43,8 @@ class Aligned:
     base: torch.Tensor
     tasks: tuple[torch.Tensor, ...]
     masks: tuple[Mask | None, ...]
+    #: By whose name masks are drawn, where it is not its own: of a tensor that this one is tied to.
+    drawn_as: str | None = None
     #: Drawn once, however often the tensor is passed over.
     _drawn: dict[Dare, Mask] = field(default_factory=dict, compare=False)
 
@@ -56,7 +58,7 @@ class Aligned:
         """The same tensors with task vectors thinned by DARE."""
         for mask in dare:
             if mask is not None and mask not in self._drawn:
-                self._drawn[mask] = Mask(mask, self.name, len(self))
+                self._drawn[mask] = Mask(mask, self.drawn_as or self.name, len(self))
         masks = tuple(None if mask is None else self._drawn[mask] for mask in dare)
         return replace(self, masks=masks)
 

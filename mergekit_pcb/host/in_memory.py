@@ -89,8 +89,15 @@ def in_memory(
     measured = statistics is not None
     found = []
     for number, (name, values, tasks) in enumerate(zip(names, parameters, ids, strict=True)):
-        first, kind = names[further.get(number, number)], kinds.get(name, Kind.UNKNOWN)
-        found.append({**values, KNOWN: Known(tasks, statistics, measured, kind=kind, name=first)})
+        tied = names[further[number]] if number in further else None
+        known = Known(
+            tasks,
+            statistics,
+            measured and tied is None,
+            kind=kinds.get(name, Kind.UNKNOWN),
+            tied_to=tied,
+        )
+        found.append({**values, KNOWN: known})
     return found
 
 

@@ -106,7 +106,7 @@ class Inputs:
                 refuse_unmergeable(task, group_of(task, tensors))
             except PCBError as error:
                 obstacle = obstacle or error
-            if self._is_infinite(name, present):
+            if name in self.plan.tied or self._is_infinite(name, present):
                 continue
             floating = all(tensor.is_floating_point() for tensor in present)
             alike = len(present) == len(task.model_order) and len({t.shape for t in present}) == 1

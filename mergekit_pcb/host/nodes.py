@@ -66,6 +66,8 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
     kind: Kind
     #: That of the base's module, where its architecture tells.
     shape: tuple[int, ...] | None
+    #: The tensor that it is tied to, by the base's configuration.
+    tied_to: str | None
 
     def arguments(self) -> dict[str, Task[Any]]:
         more = {} if self.measuring is None else {"measured": self.measuring}
@@ -85,6 +87,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
             self.plan.options.observe,
             self.kind,
             self.shape,
+            self.tied_to,
         )
         parameters = ImmutableMap({**dict(self.parameters.items()), KNOWN: known})
         planned = self.model_copy(update={"parameters": parameters})
@@ -119,6 +122,7 @@ def nodes_of(plan: Plan) -> list[MergeTensor]:
             measuring=measuring,
             kind=plan.kinds.get(task.output_weight.name, Kind.ELEMENTS),
             shape=shapes.get(task.output_weight.name),
+            tied_to=plan.tied.get(task.output_weight.name),
         )
         for task in plan.tasks
     ]

@@ -64,8 +64,8 @@ class Known:
     observe: Callable[[Prepared], None] | None = None
     kind: Kind = Kind.ELEMENTS
     shape: tuple[int, ...] | None = None
-    #: Whose DARE masks it gets, where it is one tensor with an earlier one.
-    name: str | None = None
+    #: Whose DARE masks it gets, where it is tied to an earlier one.
+    tied_to: str | None = None
 
 
 def not_planned(asked: str, group: TensorGroup) -> PCBError:
@@ -82,8 +82,8 @@ def not_planned(asked: str, group: TensorGroup) -> PCBError:
 def prepare(group: TensorGroup, parameters: Values) -> Prepared:
     """Measure one tensor, or take its part of the whole model's statistics."""
     flat, known = aligned(group), parameters[KNOWN]
-    if known.name is not None:
-        flat = replace(flat, name=known.name)
+    if known.tied_to is not None:
+        flat = replace(flat, drawn_as=known.tied_to)
     ids = [task.id for task in group.non_base]
     # An optional tensor may be missing in some of the models.
     positions = [known.tasks.index(task) for task in ids]
