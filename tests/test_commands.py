@@ -170,3 +170,14 @@ def test_the_model_card_says_what_the_merge_was(tmp_path, family):
     assert "[PCB-Merging](https://arxiv.org/abs/2410.02396)" in card
     written = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     assert written["parameters"] == parameters
+
+
+def test_commands_and_options_complete_in_a_shell():
+    """What docs/tools.md puts into ~/.bashrc."""
+    script = run("mergekit-pcb", _MERGEKIT_PCB_COMPLETE="bash_source").stdout
+    assert "complete -o nosort -F _mergekit_pcb_completion mergekit-pcb" in script
+    given = {"COMP_WORDS": "mergekit-pcb se", "COMP_CWORD": "1"}
+    assert (
+        "plain,search"
+        in run("mergekit-pcb", _MERGEKIT_PCB_COMPLETE="bash_complete", **given).stdout
+    )

@@ -24,7 +24,7 @@ import mergekit_pcb
 from mergekit_pcb import search_weights
 from mergekit_pcb.tools.search import search
 from mergekit_pcb.tools.search_job import Job, space_of
-from mergekit_pcb.tools.search_space import EvaluationError, Space
+from mergekit_pcb.tools.search_space import EvaluationError, Space, sampler
 
 # Scores a checkpoint by its distance to another, without torch, and counts how often.
 SCORE = """
@@ -454,3 +454,26 @@ def test_trials_stay_within_bounds_and_budget():
     assert all(0.2 <= scale <= 0.9 for *_, scale in tried)
     assert [trial.error for trial in found[:3]] == [None, None, "no"]
     assert max(t.score for t in found[30:] if t.score) > 2.4  # it climbs towards 2.6
+
+
+@pytest.mark.parametrize(
+    ("space", "scores", "kind"),
+    [
+        (Space((1.0, 1.0)), 1, "CmaEsSampler"),
+        (Space((1.0,), (("lambda", 1.0),)), 1, "CmaEsSampler"),
+        (Space((1.0,)), 1, "TPESampler"),
+        (Space((), (("lambda", 1.0), ("refine", "none"))), 1, "TPESampler"),
+        (Space((1.0, 1.0)), 2, "TPESampler"),
+    ],
+)
+def test_cma_es_is_for_one_score_and_two_numbers_or_more(monkeypatch, space, scores, kind):
+    """And the bounds are those of the pages, where no others are given."""
+    optuna, made = pytest.importorskip("optuna"), []
+    for name in ("CmaEsSampler", "TPESampler"):
+        monkeypatch.setattr(optuna.samplers, name, lambda *_, kind=name, **__: made.append(kind))
+    trial = type("Trial", (), {"number": 3})
+    sampler(space, 0, scores).infer_relative_search_space(None, trial)
+    assert made == [kind]
+    ranges = {"weight 1": (0.5, 3), "weight 2": (0.5, 3), "lambda": (0.5, 2.5)}
+    for name, axis in space.axes().items():
+        assert name == "refine" or (axis.low, axis.high) == ranges[name]
