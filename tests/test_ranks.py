@@ -13,10 +13,16 @@ from mergekit_pcb.core.cells import Cells
 from mergekit_pcb.core.ranks import OrderStatistic
 
 
-@pytest.fixture(autouse=True, params=["numpy", "compiled"])
-def look(request, monkeypatch):
-    """What looks between fences; compiled loops put another one there for the whole process."""
-    monkeypatch.setattr(ranks, "look", ranks.between if request.param == "numpy" else walks.between)
+@pytest.fixture(autouse=True)
+def numpys(monkeypatch):
+    """What looks between fences; compiled loops put theirs there for the whole process."""
+    monkeypatch.setattr(ranks, "look", ranks.between)
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def look(request, monkeypatch, numpys):  # noqa: ARG001 - that one comes first
+    if request.param == "compiled":
+        monkeypatch.setattr(ranks, "look", walks.between)
 
 
 def settled(values, rank, *, piece=7, guess=(None, None), tied=False):
@@ -54,6 +60,7 @@ def distributions(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", distributions(torch.float32))
 @pytest.mark.parametrize("pool", [None, 1, 5])
+@pytest.mark.usefixtures("look")
 def test_equals_sorting(name, dtype, pool):
     values = distributions(dtype)[name]
     ordered = values.sort().values
@@ -70,10 +77,12 @@ def as_on(device):
     with pytest.MonkeyPatch.context() as patch:
         if device == "accelerator":
             patch.setattr(ranks, "HOST", "another device")
+        elif device == "cpu, compiled":
+            patch.setattr(ranks, "look", walks.between)
         yield
 
 
-@pytest.fixture(params=["cpu", "accelerator"])
+@pytest.fixture(params=["cpu", "cpu, compiled", "accelerator"])
 def device(request):
     with as_on(request.param):
         yield request.param
