@@ -115,7 +115,7 @@ def contributions(
     groups = [group for group in (_group(name, states) for name in names) if not is_infinite(group)]
     names = [name_of(group) for group in groups]
     apart = further_names({name: _place(states[:1], name) for name in names})
-    if apart and (name := min(apart)):
+    for name in sorted(apart)[:1]:
         LOG.warning(
             "%s and %s are one tensor in the base and not in all experts; they are merged apart",
             apart[name],

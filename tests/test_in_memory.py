@@ -81,6 +81,11 @@ def test_float8_is_neither_clipped_nor_mixed_in_silence():
     assert combine(base, parts, [1.0])["w"].float().max() == 416
     with pytest.raises(PCBError, match=r"store tensor w, because its values do not fit into"):
         combine(base, parts, [5.0])
+    high = torch.full((4, 4), 3.4e38)
+    with pytest.raises(PCBError, match=r"do not fit into torch\.bfloat16"):
+        merge_tensors([high, high], "pcb", base_index=0, name="w", out_dtype=torch.bfloat16)
+    wide = [torch.full((4, 4), value).to(torch.float8_e5m2) for value in (8.0, 9.0)]
+    assert merge_tensors(wide, "pcb", base_index=0, name="w", out_dtype=narrow).dtype == narrow
     given = [torch.full((4, 4), 900.0), torch.full((4, 4), 1000.0)]
     with pytest.raises(PCBError, match=r"do not fit into torch.float8_e4m3fn"):
         merge_tensors(given, "pcb", base_index=0, name="w", out_dtype=narrow)
@@ -120,7 +125,7 @@ def test_task_vectors_that_even_float64_cannot_multiply_are_refused():
     torch.manual_seed(0)
     base = torch.zeros(40, dtype=torch.float64)
     tasks = [1e-200 * torch.randn(40, dtype=torch.float64) for _ in range(2)]
-    with pytest.raises(PCBError, match=r"its values do not fit into torch\.float64"):
+    with pytest.raises(PCBError, match="its values are too large or too small for float64"):
         merge_tensors([base, *tasks], "pcb", base_index=0, name="w")
 
 

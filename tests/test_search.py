@@ -467,7 +467,7 @@ def test_trials_stay_within_bounds_and_budget():
     ],
 )
 def test_cma_es_is_for_one_score_and_two_numbers_or_more(monkeypatch, space, scores, kind):
-    """And the bounds are those of the pages, where no others are given."""
+    """And these are the bounds, where no others are given."""
     optuna, made = pytest.importorskip("optuna"), []
     for name in ("CmaEsSampler", "TPESampler"):
         monkeypatch.setattr(optuna.samplers, name, lambda *_, kind=name, **__: made.append(kind))

@@ -379,6 +379,13 @@ def test_a_models_name_is_no_score_and_quoted_as_it_stands(tmp_path, command, sc
     assert Scorer(command, (), None, tmp_path / "turns")(model, {}) == [score]
 
 
+def test_quotes_that_are_another_languages_stay(tmp_path):
+    script = 'import os; print(len(os.listdir("{model}")))'
+    (tmp_path / "0007" / "inner").mkdir(parents=True)
+    scorer = Scorer(f"{sys.executable} -c '{script}'", (), None, tmp_path / "turns")
+    assert scorer(tmp_path / "0007", {}) == [1]
+
+
 @pytest.mark.parametrize("text", ["", "x", "x=y", "=f:k", "x=:k", "x=f:"])
 def test_scores_that_cannot_be_read(text):
     with pytest.raises(PCBError, match="it is not NAME=FILE:KEY"):
@@ -622,6 +629,13 @@ def test_a_folder_with_a_model_of_the_name_of_ours_is_left_alone(place):
     assert [path.name for path in (place / "run").rglob("*")] == ["merged", "notes.txt"]
 
 
+def test_a_search_goes_on_where_empty_folders_were_lost(place):
+    """As version control and object stores do."""
+    assert invoked(*arguments(budget=1)).exit_code == 0
+    (place / "best.search" / "workers").rmdir()
+    assert invoked(*arguments(budget=2)).exit_code == 0
+
+
 def test_what_file_managers_leave_stops_no_search(place):
     assert invoked(*arguments(budget=1)).exit_code == 0
     (place / "best.search" / ".DS_Store").write_text("")
@@ -650,10 +664,12 @@ def test_what_was_made_of_a_front_stays(place):
     (front / "merged").mkdir()
     (front / "merged" / "model.safetensors").write_text("of an hour's work")
     (front / "trial-0009.yml").write_text("# of another search")
+    (front / "trial-0001-tuned.yml").write_text("# mine")
     # What is written beside the base and the experts is gone, too; else this would be refused.
     result = invoked(*arguments(*words, command=command, budget=2))
     assert result.exit_code == 0, result.output
     assert (front / "merged" / "model.safetensors").exists()
+    assert (front / "trial-0001-tuned.yml").exists()
     assert not (front / "trial-0009.yml").exists()
     assert not list((place / "best.search").glob("reference*.json"))
 

@@ -117,8 +117,10 @@ ARROWS = {
         "host.parameters",
         "host.prepared",
     },
+    "host.checkpoints": {"host.plan"},
     "host.method": {
         "_autoload",
+        "core.measure",
         "errors",
         "host.groups",
         "host.in_memory",
@@ -147,6 +149,7 @@ ARROWS = {
     "host.inputs": {
         "core.vectors",
         "errors",
+        "host.checkpoints",
         "host.damage",
         "host.groups",
         "host.method",
@@ -164,6 +167,7 @@ ARROWS = {
     "host.multi_gpu": {"host.nodes", "host.planning"},
     "host.nodes": {
         "errors",
+        "host.checkpoints",
         "host.groups",
         "host.inputs",
         "host.kinds",
@@ -177,7 +181,7 @@ ARROWS = {
     "host.vocabulary": {"errors", "host.nodes"},
     "host.advice": {
         "errors",
-        "host.inputs",
+        "host.checkpoints",
         "host.kinds",
         "host.parameters",
         "host.plan",

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from mergekit_pcb.errors import printable
 from mergekit_pcb.host import refined
-from mergekit_pcb.host.inputs import loaders
+from mergekit_pcb.host.checkpoints import loaders
 from mergekit_pcb.host.kinds import some
 from mergekit_pcb.host.parameters import density_remarks, ignored
 from mergekit_pcb.host.plan import Plan, sources_of

@@ -123,7 +123,8 @@ def refuse_beyond(dtype: torch.dtype | None, merged: torch.Tensor, name: str) ->
     # bfloat16 ends where float32 does, but for its last digits.
     if torch.finfo(merged.dtype).max > 1.01 * largest and merged.numel():
         # Casting keeps the order of numbers.
-        extremes = torch.stack(merged.aminmax())
+        values = merged.float() if merged.dtype.itemsize == 1 else merged  # float8 has no order
+        extremes = torch.stack(values.aminmax())
         if not extremes.isfinite().all():
             return
         # What is rounded to the largest is not beyond it; torch clips float8 to it.
@@ -173,8 +174,9 @@ def explained(
             f"{error.tensor}, value: none}}, {{value: solve}}]`, and the same for spectrum",
         ) from None
     except OutOfRangeError as error:
-        raise PCBError(
-            f"merge tensor {error.tensor}",
-            f"its values do not fit into {dtype or torch.float64}",
-            "lower lambda or the weights, or set a wider `dtype:`",
-        ) from None
+        because = f"its values do not fit into {dtype}"
+        remedy = "lower lambda or the weights, or set a wider `dtype:`"
+        if dtype in (None, torch.float64):
+            because = "its values are too large or too small for float64"
+            remedy = "lower lambda or the weights, scale the models, or leave it out"
+        raise PCBError(f"merge tensor {error.tensor}", because, remedy) from None

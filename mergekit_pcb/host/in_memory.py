@@ -126,4 +126,5 @@ def _measured(
 
     widest = max((working_dtype(dtype) for _, dtype in own), key=lambda dtype: dtype.itemsize)
     count = sum(group.entries[0].tensor.numel() for group, _ in own)
-    return measure(start_pass, count, recipe, widest, at_hand=True)
+    at_hand = all(tensor is not None for tensor in ready)  # else a look ahead costs casts
+    return measure(start_pass, count, recipe, widest, at_hand=at_hand)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from mergekit.graph import Executor, TaskHandle, TaskUniverse
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import TokenizerInfo
@@ -23,23 +22,12 @@ from mergekit.tokenizer import TokenizerInfo
 from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import damage
+from mergekit_pcb.host.checkpoints import loaders, tied, tokenizer_files
 from mergekit_pcb.host.groups import CONSTANT, aligned, check_shapes
 from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.plan import Plan, sources_of
 
 Tensors = Mapping[Any, torch.Tensor | None]
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +94,7 @@ class Inputs:
                 refuse_unmergeable(task, group_of(task, tensors))
             except PCBError as error:
                 obstacle = obstacle or error
-            if name in self.plan.tied or self._is_infinite(name, present):
+            if name in tied(self.plan) or self._is_infinite(name, present):
                 continue
             floating = all(tensor.is_floating_point() for tensor in present)
             alike = len(present) == len(task.model_order) and len({t.shape for t in present}) == 1
@@ -173,10 +161,6 @@ class Inputs:
             yield json.dumps([name, self.sizes[name].elements, sources, how])
 
 
-def tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-
-
 def group_of(task: ExecuteMergeMethodTask, tensors: Tensors) -> TensorGroup:
     """The group that mergekit will make of a planned tensor, without models that lack it."""
     entries = [
@@ -193,15 +177,6 @@ def refuse_unmergeable(task: ExecuteMergeMethodTask, group: TensorGroup) -> None
     if len(ids) > 1 or not task.output_weight.optional:
         PCBMerge().validate_inputs(ids, task.base_model, group_name=task.output_weight.name)
     check_shapes(group)
-
-
-def loaders(plan: Plan, model: Any) -> tuple[Any, Any]:
-    """The cache of mergekit's loaders for a plan, and what it calls a model."""
-    if plan.is_raw:
-        from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-        return SimpleLoaderCache(), model.model.path
-    return LoaderCache(), model
 
 
 def _present(tensors: Tensors) -> list[torch.Tensor]:

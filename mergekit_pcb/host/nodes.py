@@ -17,6 +17,7 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import ConfigDict
 
 from mergekit_pcb.errors import PCBError
+from mergekit_pcb.host.checkpoints import tied
 from mergekit_pcb.host.groups import check_shapes, is_constant, refuse_beyond
 from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
 from mergekit_pcb.host.kinds import Kind
@@ -66,7 +67,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
     kind: Kind
     #: That of the base's module, where its architecture tells.
     shape: tuple[int, ...] | None
-    #: The tensor that it is tied to, by the base's configuration.
+    #: The tensor that it is in every model.
     tied_to: str | None
 
     def arguments(self) -> dict[str, Task[Any]]:
@@ -106,7 +107,8 @@ def _refuse_other_buffers(group: TensorGroup) -> None:
         if one.dtype != two.dtype or not torch.equal(one, two):
             raise PCBError(
                 f"merge tensor {group.metadata.name}",
-                f"it holds other whole numbers in {other.id} than in {first.id}",
+                f"it holds other numbers or another dtype in {other.id} ({two.dtype}) than in "
+                f"{first.id} ({one.dtype}), and whole numbers are not merged",
                 "make them alike, or leave it out of the models",
             )
 
@@ -114,6 +116,8 @@ def _refuse_other_buffers(group: TensorGroup) -> None:
 def nodes_of(plan: Plan) -> list[MergeTensor]:
     """A node for every tensor of a plan, in its order."""
     shapes = plan.known_shapes if plan.kinds else {}
+    thinned = any(min(values["dare_density"].values()) < 1 for values in plan.values())
+    ties = tied(plan) if thinned or plan.scope == MODEL else {}
     measuring = MeasureModel(plan=plan, tokenizer=plan.tokenizer) if plan.scope == MODEL else None
     return [
         MergeTensor.model_construct(
@@ -122,7 +126,7 @@ def nodes_of(plan: Plan) -> list[MergeTensor]:
             measuring=measuring,
             kind=plan.kinds.get(task.output_weight.name, Kind.ELEMENTS),
             shape=shapes.get(task.output_weight.name),
-            tied_to=plan.tied.get(task.output_weight.name),
+            tied_to=ties.get(task.output_weight.name),
         )
         for task in plan.tasks
     ]

@@ -143,31 +143,6 @@ class Plan:
             return dict.fromkeys(names, Kind.ASSUMED)
         return {name: architecture.kind(source) for name, source in names.items()}
 
-    @functools.cached_property
-    def tied(self) -> dict[str, str]:
-        """Tensors that the base's configuration ties to an earlier one, where both are planned.
-
-        A file that holds both, of which one is a copy, has the merge of the one twice: with the
-        same masks, and ranked once.
-        """
-        planned = {task.output_weight.name for task in self.tasks}
-        found = {}
-        for task in self.tasks:
-            weight = task.output_weight
-            for name in weight.tied_names or ():
-                if name in planned and self._ties:
-                    found[weight.name] = name
-        return found
-
-    @functools.cached_property
-    def _ties(self) -> bool:
-        """Whether the base's configuration ties its head to its embedding."""
-        try:
-            config = self.base.config(trust_remote_code=self.options.trust_remote_code)
-        except (OSError, ValueError):  # without one, as of mergekit-pytorch's files
-            return False
-        return bool(getattr(config, "tie_word_embeddings", False))
-
     @property
     def known_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the base's tensors, as far as its architecture tells them."""

@@ -64,13 +64,16 @@ def document_for(config: pathlib.Path, output: pathlib.Path) -> tuple[str, Any]:
 def document_in(text: str, config: pathlib.Path) -> Any:
     """What the text of a configuration says; one of several stages is refused."""
     try:
-        documents = [part for part in yaml.safe_load_all(text) if part is not None]
+        documents = list(yaml.safe_load_all(text))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         why = f"it is not YAML ({one_line(error)})"
         raise PCBError(f"read {config}", why, "correct it") from None
     if len(documents) > 1:
+        what, remedy = f"take {config} for one merge", "name a file that holds one of them"
+        if None in documents:
+            raise PCBError(what, "a document in it is empty", "remove a `---`")
         why = f"it holds {len(documents)} stages, as mergekit-multi reads them"
-        raise PCBError(f"take {config} for one merge", why, "name a file that holds one of them")
+        raise PCBError(what, why, remedy)
     return documents[0] if documents else None
 
 

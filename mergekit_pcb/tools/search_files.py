@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -193,8 +194,9 @@ def _told(job: Job, study: Study, names: list[str]) -> Searched:
     front = [trial for trial in found.trials if trial.trial in numbers]
     folder = job.output.with_suffix(".front")
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("trial-*.yml"):  # and nothing that was made of them
-        old.unlink()
+    for old in folder.iterdir():  # and nothing that was made of them
+        if re.fullmatch(r"trial-\d+\.yml", old.name):
+            old.unlink()
     for trial in front:
         said = ", ".join(f"{n} {s:g}" for n, s in zip(names, trial.scores or [], strict=True))
         write_text(folder / f"trial-{trial.trial:04d}.yml", _yaml(job, trial, said))
@@ -230,7 +232,7 @@ def _score_references(job: Job, study: Study, scorer: Scorer, card: dict[str, st
             _remove_reference(place)  # what a search that was killed has left
             try:
                 with written(job.folder):
-                    place.mkdir()
+                    place.mkdir(exist_ok=True)
                     _copy(pathlib.Path(name), folder)
                 known[name] = scorer(folder, card)
             except EvaluationError as error:

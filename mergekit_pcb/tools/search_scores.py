@@ -177,7 +177,9 @@ class Scorer:
     def _run(self, model: pathlib.Path, environment: dict[str, str]) -> str:
         """What the command printed. Files take it: a pipe waits for every child in background."""
         command, quoted = self._command, shlex.quote(str(model))
-        for name in ('"{model}"', "'{model}'", "{model}"):
+        # Quotes of the user's own are in the way of these alone.
+        own = ('"{model}"', "'{model}'") if quoted != str(model) else ()
+        for name in (*own, "{model}"):
             command = command.replace(name, quoted)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             with self._lock:

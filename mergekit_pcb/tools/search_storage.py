@@ -117,8 +117,8 @@ def refuse_other_folders(folder: pathlib.Path, storage: str | None) -> None:
             "an earlier version began it, whose log Optuna cannot read",
             "name another folder with --work, or remove that one",
         )
-    # Whatever else has one of our names, only a search has its workers.
-    own = _OWN if WORKERS in names else set()
+    # Models are called "merged" elsewhere, too; these are a search's alone.
+    own = _OWN if names & {WORKERS, JOURNAL, IDENTITY} else set()
     other = sorted(name for name in names if name.removesuffix(".lock") not in own)
     if other or (folder.exists() and not folder.is_dir()):
         raise PCBError(
