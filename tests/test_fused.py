@@ -101,6 +101,34 @@ def test_the_bits_of_a_part_of_the_merged_task_vector(kind, dare, begin, monkeyp
     assert torch.equal(*found)
 
 
+def test_a_processor_that_takes_subnormal_numbers_for_zero_is_no_obstacle():
+    """As torch.set_flush_denormal asks it to, and libraries with fast arithmetic."""
+    torch.manual_seed(0)
+    base = (3e-5 * torch.randn(1 << 17)).half()
+    models = [(base.float() + 2e-5 * torch.randn(1 << 17)).half() for _ in range(2)]
+    wanted = merged(base, models, way="1")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("a processor that cannot")
+    try:
+        found = merged(base, models, way="1")
+    finally:
+        torch.set_flush_denormal(False)
+    assert found[0] == wanted[0]
+    assert torch.equal(found[1].view(torch.int16), wanted[1].view(torch.int16))
+
+
+def test_where_no_further_thread_can_be_begun_one_does_it_all(monkeypatch):
+    class Full:
+        def submit(self, _):
+            raise RuntimeError("can't start new thread")
+
+    base, models = inputs(torch.float32, 600_011, 2)
+    wanted = merged(base, models, way="1")
+    monkeypatch.setattr(fused.pools, "pool", lambda *_: Full())
+    found = merged(base, models, way="1")
+    assert torch.equal(found[1], wanted[1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dare", [1.0, 0.3])
 def test_large_products_have_the_same_tangents(kind, dare):

@@ -121,6 +121,13 @@ def test_a_bad_guess_costs_sweeps_but_not_exactness(low, high, tied, pool):
             assert found[0] == ordered[rank]
 
 
+@pytest.mark.usefixtures("look")
+def test_strided_values_are_values():
+    values = torch.rand(200_000, generator=torch.Generator().manual_seed(0))[::2]
+    found, _ = settled(values, 50_000, piece=100_000, guess=(0.45, 0.55))
+    assert found == values.sort().values[50_000]
+
+
 def test_a_tail_takes_one_sweep_and_little_memory():
     values = torch.randn(400_000, generator=torch.Generator().manual_seed(5))
     with pytest.MonkeyPatch.context() as patch:

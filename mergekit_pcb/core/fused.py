@@ -7,12 +7,14 @@ piece. Threads are as many as torch uses (``torch.set_num_threads``, ``OMP_NUM_T
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy
@@ -257,8 +259,10 @@ class Fused:
             work(room, pieces())
 
         helpers = min(threads, -(-(end - begin) // size)) - 1
-        others = [pools.pool("walks", threads).submit(run) for _ in range(helpers)]
+        others: list[Future[None]] = []
         try:
+            with contextlib.suppress(RuntimeError):  # the system may have no thread left
+                others.extend(pools.pool("walks", threads).submit(run) for _ in range(helpers))
             run()
             for other in others:
                 other.result()

@@ -167,13 +167,17 @@ def _overloaded(value):
 
 @loop
 def _half(bits: Any) -> Any:
-    """A float16: its exponent is moved by a product, which subnormal numbers need, too."""
+    """A float16; of subnormal ones nothing is computed, which a processor may take for zero."""
     sign = numpy.uint32((numpy.uint32(bits) & numpy.uint32(0x8000)) << numpy.uint32(16))
     rest = numpy.uint32(numpy.uint32(bits) & numpy.uint32(0x7FFF))
     wide = numpy.uint32(rest << numpy.uint32(13))
-    number = numpy.uint32(wide).view(numpy.float32) * numpy.float32(2.0**112)
+    # With the exponent of the smallest normal number, and less that number.
+    least = numpy.uint32(wide + numpy.uint32(0x38800000)).view(numpy.float32)
+    small = numpy.float32(least - numpy.float32(2.0**-14)).view(numpy.uint32)
+    moved = numpy.uint32(wide + numpy.uint32(0x38000000))
     special = numpy.uint32(wide | numpy.uint32(0x7F800000))  # infinity and NaN
-    whole = special if rest >= numpy.uint32(0x7C00) else numpy.float32(number).view(numpy.uint32)
+    number = small if rest < numpy.uint32(0x0400) else moved
+    whole = special if rest >= numpy.uint32(0x7C00) else numpy.uint32(number)
     return numpy.uint32(whole | sign).view(numpy.float32)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -178,8 +179,12 @@ class _InFloat32:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
         self._put_back: Callable[[], object] = bool
+        self.forget()
+
+    def forget(self) -> None:
+        """Nobody is inside: a forked child has none of its parent's threads."""
+        self._lock, self._inside = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self._lock:
@@ -204,7 +209,7 @@ def _refuse_less() -> Callable[[], object]:
         getattr(own, "matmul", None) for own in (torch.backends.cuda, torch.backends.mkldnn)
     ]
     libraries = [one for one in both if hasattr(one, "fp32_precision")]
-    before = [one.fp32_precision for one in libraries]
+    before = [_own_precision(one) for one in libraries]
     try:
         asked = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -219,13 +224,24 @@ def _refuse_less() -> Callable[[], object]:
         if asked != EXACT:
             torch.set_float32_matmul_precision(asked)
         for one, own in zip(libraries, before, strict=True):
-            if one.fp32_precision != own:
-                one.fp32_precision = own
+            one.fp32_precision = own
 
     return put_back
 
 
+def _own_precision(library: Any) -> str:
+    """What it was told itself; "none" where it does as all libraries do."""
+    told = str(library.fp32_precision)
+    library.fp32_precision = "none"
+    if library.fp32_precision == told:
+        return "none"
+    library.fp32_precision = told
+    return told
+
+
 _in_float32 = _InFloat32()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_float32.forget)
 
 
 def _begun(workers: ThreadPoolExecutor, job: Callable[[], T]) -> Future[T]:

@@ -121,6 +121,8 @@ def _solved(
         for chunk, part in matrix.chunks(result):
             part.add_(delta(chunk, statistics, row), alpha=ridge)
     if not cholesky_(ridged):
+        if dtype != torch.float64:
+            return None
         raise NotSolvableError(matrix.aligned.name, "its ridge is lost in rounding")
     for result in results:
         divide_(matrix.view(result), ridged)
@@ -151,8 +153,9 @@ def _add(
     own = torch.zeros((side, side), dtype=gram.dtype, device=gram.device)
     for _, tau in whole or blocks():
         add_gram_(own, tau.T if left else tau)
+        del tau
     mirror_(own)
-    if _largest_eigenvalue(own) > largest:
+    if not _largest_eigenvalue(own) <= largest:  # NaN is not, either
         return False
     if not left:
         gram.add_(own)
@@ -162,12 +165,21 @@ def _add(
         factors = (own, tau) if left else (tau, own)
         for weight, result in zip(weights, results, strict=True):
             add_product_(matrix.view(result)[rows], *factors, weight)
+        del tau, factors  # before the next block is made
     return True
 
 
 def _largest_eigenvalue(gram: torch.Tensor) -> float:
-    """About the largest, from below, by power iteration."""
-    vector = gram.abs().sum(1, keepdim=True)
+    """About the largest, from below, by power iteration.
+
+    It starts from the longest column, and from signs that no structure of a matrix follows: rows
+    that cancel one another would leave nothing of their sum.
+    """
+    vector = gram[:, int(gram.diagonal().argmax())].unsqueeze(1).clone()
+    vector.div_(torch.linalg.vector_norm(vector))
+    # The bits in the middle of multiples of a large odd number (Knuth's multiplicative hashing).
+    signs = torch.arange(1, len(gram) + 1).mul_(2654435761).bitwise_right_shift_(31) & 1
+    vector.add_((2 * signs - 1).unsqueeze(1).to(gram), alpha=len(gram) ** -0.5)
     length = 0.0
     for _ in range(POWER_STEPS):
         vector = product(gram, vector.div_(torch.linalg.vector_norm(vector)))

@@ -59,7 +59,12 @@ def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Ten
     if scale == 0:
         none = rows.new_zeros(rows.shape[1])
         return none, torch.ones_like(none), torch.eye(rows.shape[1]).to(rows)
-    rows.div_(scale)
+    steps = [scale]
+    if scale > torch.finfo(rows.dtype).max:  # finite numbers of which the norm is not
+        largest = float(torch.stack(rows.aminmax()).abs().amax())
+        steps = [largest, scale / largest]
+    for step in steps:
+        rows.div_(step)
     gram = rows.new_zeros((rows.shape[1], rows.shape[1]))
     add_gram_(gram, rows)
     mirror_(gram)
@@ -72,14 +77,16 @@ def _even_(rows: torch.Tensor, exponent: float) -> tuple[torch.Tensor, torch.Ten
     if weak:
         turn = decomposed(partial(torch.linalg.svd, full_matrices=False), left[:, :weak])
         right[:, :weak] = product(right[:, :weak], turn.Vh.T)
-        left[:, :weak] = turn.U * turn.S
+        left[:, :weak] = turn.U.mul_(turn.S)
         values[:weak] = turn.S
     factors = values.clamp(min=FLOOR * float(values.amax())).div_(float(values.amax()))
     factors.pow_(exponent - 1)
     left.mul_(factors)
     length = math.sqrt(math.fsum((values * factors).double().square().tolist()))
     product(left, right.T, out=rows)
-    rows.mul_(scale / length)
+    rows.mul_(steps[-1] / length)
+    for step in steps[:-1]:
+        rows.mul_(step)
     return values, factors, right
 
 
@@ -145,7 +152,8 @@ def flops(rows: int, columns: int) -> int:
 def working_elements(rows: int, columns: int) -> int:
     """The numbers that :func:`even_` holds at most, beyond its argument.
 
-    A Gram matrix, its eigenvectors and LAPACK's room for them; then they and the matrix turned.
+    A Gram matrix, its eigenvectors and LAPACK's room for them; then they, the matrix turned, and,
+    where most directions are weak, two copies more of it.
     """
     small = min(rows, columns)
-    return max(4 * small * small, rows * columns + 2 * small * small)
+    return max(4 * small * small, 3 * rows * columns + 3 * small * small)

@@ -130,8 +130,9 @@ def _between(values: Any, low: Any, high: Any, counts_ties: bool, kept: Any) -> 
 def between(
     values: Any, low: float | None, high: float | None, *, tied: bool
 ) -> tuple[int, int, Any]:
-    """As that of ``ranks.py``, which it leaves to what has one fence or is not in float32."""
-    if low is None or high is None or values.dtype != numpy.float32:
+    """As that of ``ranks.py``, to which it leaves what has one fence or is no array of float32."""
+    plain = values.dtype == numpy.float32 and values.flags.c_contiguous
+    if low is None or high is None or not plain:
         return ranks.between(values, low, high, tied=tied)
     kept = numpy.empty(len(values) + AT_ONCE, "f4")
     fences = numpy.float32(low), numpy.float32(high)
