@@ -391,8 +391,9 @@ def test_a_module_says_what_its_tensors_are(caplog):
         names = [name for name in base if name != "lm_head.weight"]
         states = [{n: s[n] for n in names} for s in (base, *experts)]
         assert_close({n: merged[n] for n in names}, expected(states, patterns), states[0])
-    # transformers has something to say of so small a vocabulary.
-    assert not [record for record in caplog.records if record.name.startswith("mergekit_pcb")]
+    # transformers has something to say of so small a vocabulary; only the base ties its head.
+    own = [record for record in caplog.records if record.name.startswith("mergekit_pcb")]
+    assert all("are one tensor in the base" in record.getMessage() for record in own)
 
 
 def test_what_a_module_does_not_tell_is_named(caplog):
@@ -482,18 +483,14 @@ def test_a_matrix_that_is_too_large_is_refused_before_anything_is_read(
     monkeypatch.setattr(host_refined, "_memory_of", lambda _: 50_000)
     config = configuration(family, parameters={"refine": "solve"})
     sentence = refused(tmp_path, config)
-    assert (
-        "refine tensor model.layers.0.mlp.down_proj.weight, because its 32 × 96 matrix" in sentence
-    )
+    assert "refine tensor model.layers.0.mlp.up_proj.weight, because its 96 × 32 matrix" in sentence
     file = tmp_path / "config.yml"
     result = CliRunner().invoke(cli.main, ["check", str(file)])
     assert result.exit_code == 1
-    assert "its 32 × 96 matrix takes" in result.output
+    assert "its 96 × 32 matrix takes" in result.output
     parameters = {"refine": [{"filter": "mlp", "value": "none"}, {"value": "solve"}]}
     file.write_text(yaml.safe_dump(configuration(family, parameters=parameters)))
-    assert (
-        "its 32 × 96 matrix takes" not in CliRunner().invoke(cli.main, ["check", str(file)]).output
-    )
+    assert "matrix takes" not in CliRunner().invoke(cli.main, ["check", str(file)]).output
 
 
 def test_nan_is_named_and_nothing_is_written(tmp_path, family):

@@ -54,13 +54,11 @@ ORDERS = {
     "this package's method": "import mergekit_pcb.host.method",
     "this package's class": "from mergekit_pcb import PCBMerge",
     "its parameters": "import mergekit_pcb.host.parameters",
-    "its groups": "import mergekit_pcb.host.groups",
-    "its search": "import mergekit_pcb.tools.search_job",
     "torch": "import torch",
 }
 
 
-SLOW = "the planner", "multimerge", "merge_raw_pytorch", "its groups", "its search"
+SLOW = "the planner", "multimerge", "merge_raw_pytorch"
 
 
 @pytest.mark.parametrize(

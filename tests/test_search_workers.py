@@ -591,6 +591,9 @@ def test_the_output_is_not_named_like_what_stands_beside_it(place, suffix):
 def test_a_storage_that_goes_away_is_told(place, monkeypatch):
     from sqlalchemy.exc import OperationalError
 
+    from mergekit_pcb.tools import search_files
+
+    monkeypatch.setattr(search_files, "PAUSES", (0, 0, 0))
     asked, real = [], optuna.Study.get_trials
 
     def away(self, *args, **options):
