@@ -208,10 +208,11 @@ def test_errors_show_names_too(tmp_path):
 # --- A disk that is full --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "blocks",
     [
-        pytest.param(40, id="while measuring", marks=pytest.mark.slow),
+        pytest.param(40, id="while measuring"),
         pytest.param(100, id="while a trial is written"),
     ],
 )

@@ -142,6 +142,7 @@ def test_a_merge_that_fails_is_told_and_nothing_is_left(tmp_path, untrained, mon
     assert list((tmp_path / "demo").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_where_start_up_files_are_switched_off_the_demo_merges_by_its_own_command(
     tmp_path, family, monkeypatch
 ):

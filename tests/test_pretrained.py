@@ -293,6 +293,7 @@ def test_other_weights_are_refused(tmp_path, monkeypatch):
         encoder._folder()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_files", "tiny")
 def test_too_little_text_is_told():
     schedule = experiments.TIERS["full"].efforts["encoder"].schedule

@@ -68,6 +68,7 @@ def test_whichever_module_is_imported_first(first):
     assert python(f"{ORDERS[first]}\n{PRESENT}").stderr == ""
 
 
+@pytest.mark.slow
 def test_the_genome_of_mergekit_evolve_knows_weight_and_density():
     python("""
         from mergekit.evo.genome import METHOD_PARAM_MAPS
