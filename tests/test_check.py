@@ -504,14 +504,20 @@ def test_misspelt_names_of_the_tokenizer(tmp_path, family):
     assert "error: tokenizer.tokens.w1: mergekit ignores sourc; did you mean source?" in said
 
 
-def test_a_tensor_that_one_file_lacks(tmp_path, family):
+@pytest.fixture
+def unlike_files(tmp_path, family):
+    """A base and two models as single files; the last one lacks the head."""
     files = [tmp_path / f"{path.name}.safetensors" for path in family[:3]]
     for path, file in zip(family, files, strict=False):
         state = tensors(path)
         if file is files[2]:
             del state["lm_head.weight"]
         save_file(state, file)
-    said = said_of(tmp_path, configuration(files))
+    return files
+
+
+def test_a_tensor_that_one_file_lacks(tmp_path, unlike_files):
+    said = said_of(tmp_path, configuration(unlike_files))
     assert "not every model has lm_head.weight" in said
     assert "mergekit-pytorch refuses that without --tensor-union or --tensor-intersection" in said
 
@@ -542,14 +548,8 @@ def test_paths_as_mergekit_reads_them(tmp_path, family):
         assert "mergekit-pytorch 0.1.5 loses files with @ or + in their paths" in said
 
 
-def test_options_of_mergekit_pytorch(tmp_path, family):
-    files = [tmp_path / f"{path.name}.safetensors" for path in family[:3]]
-    for path, file in zip(family, files, strict=False):
-        state = tensors(path)
-        if file is files[2]:
-            del state["lm_head.weight"]
-        save_file(state, file)
-    config, whole = configuration(files), len(tensors(family[0]))
+def test_options_of_mergekit_pytorch(tmp_path, family, unlike_files):
+    config, whole = configuration(unlike_files), len(tensors(family[0]))
     found, outlook = check(tmp_path, config, "--tensor-union")
     assert "--tensor-union" not in found[0][2]
     assert outlook["tensors"] == whole

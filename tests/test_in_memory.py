@@ -4,21 +4,9 @@ import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from reference import pcb as reference
+from test_adaptive import Tied
 
 from mergekit_pcb import Contributions, PCBError, combine, contributions
-
-
-class Tied(torch.nn.Module):
-    """An embedding, a layer and a head; the head is the embedding unless it is told otherwise."""
-
-    def __init__(self, seed, *, tied=True):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embedding = torch.nn.Embedding(12, 5)
-        self.layer = torch.nn.Linear(5, 5)
-        self.head = torch.nn.Linear(5, 12, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
 
 
 @pytest.mark.parametrize("given", [{"scope": "model"}, {"dare_density": 0.5}, {}], ids=str)

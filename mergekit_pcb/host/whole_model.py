@@ -137,9 +137,8 @@ def _measure(inputs: Inputs) -> Measured:
                 bar.set_postfix_str(f"pass {reads}, tensor {number}/{len(sizes)}", refresh=False)
                 bar.update(sizes[name].nbytes)
 
-        wide = any(size.wide for size in sizes.values())
-        if plan.dtype is not None:
-            wide = plan.dtype == torch.float64
+        inputs_are_wide = any(size.wide for size in sizes.values())
+        wide = inputs_are_wide if plan.dtype is None else plan.dtype == torch.float64
         with explained(None, plan.base, plan.models):
             statistics = measure(
                 start_pass, count, _recipe_of(inputs), torch.float64 if wide else torch.float32

@@ -217,7 +217,7 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         more = f" and {len(partly) - 1} more" if len(partly) > 1 else ""
         refused = (
             "; mergekit-pytorch refuses that without --tensor-union or --tensor-intersection"
-            if plan.is_raw and not getattr(plan.options, "tensor_union", False)
+            if plan.is_raw and not plan.options.tensor_union
             else ""
         )
         report.warn("tensors", f"not every model has {partly[0]}{more}{refused}")
