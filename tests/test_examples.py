@@ -57,7 +57,10 @@ def test_example(workplace, example, monkeypatch):
     monkeypatch.chdir(workplace)
     out = pathlib.Path("merged") / example.stem
     result = run("mergekit-yaml", example, out, "--no-copy-tokenizer")
-    assert "warning" not in result.stderr.lower()
+    # mergekit 0.1.5 sets the deprecated `torch_dtype`; where CI is set, transformers' word for it
+    # is a line of the log as well.
+    said = [line for line in result.stderr.lower().splitlines() if "torch_dtype" not in line]
+    assert not [line for line in said if "warning" in line]
     text = example.read_text()
     names = [name for name in ("code", "math", "chat") if f"models/{name}" in text]
     base, *tasks = [tensors(workplace / "models" / name) for name in ("base", *names)]
