@@ -287,9 +287,13 @@ def test_other_weights_are_refused(tmp_path, monkeypatch):
     (package / "model" / "model.safetensors").write_bytes(b"other")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(encoder, "MODULE", "other_weights")
-    encoder._folder.cache_clear()
     digest = hashlib.blake2b(b"other", digest_size=8).hexdigest()
-    with pytest.raises(PCBError, match=f"has the digest {digest}, and this benchmark is made for"):
+    unlike = f"model.safetensors has the digest {digest}, and this benchmark is made for"
+    encoder._folder.cache_clear()
+    with pytest.raises(PCBError, match=unlike):
+        encoder._folder()
+    monkeypatch.setitem(encoder.DIGESTS, "model/model.safetensors", digest)
+    with pytest.raises(PCBError, match=r"because .*config\.json is not there; pip install --force"):
         encoder._folder()
 
 
@@ -325,10 +329,10 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert Work(folder, "code").score("another", lambda: make(0)) == [1.0, {"x": 2.0}]
     (folder / "expert.safetensors").write_bytes(b"half")
     assert Work(folder, "code").state("expert", lambda: make(state)) is state
-    # Other code begins anew, and nothing is left once the record is there.
-    other = Work(folder, "other code")
-    assert other.score("another", lambda: make(7)) == 7
-    other.remove()
+    # What other code began is kept, and nothing is left once the record is there.
+    with pytest.raises(PCBError, match="because another version of the code has begun there"):
+        Work(folder, "other code")
+    again.remove()
     assert not folder.exists()
     assert Work().score("anything", lambda: make(8)) == 8
 
@@ -423,6 +427,12 @@ def test_questions():
     assert suite.answered({}) == {"a": 1.0}
     wrong = [Question(choices.flip(0), read) for choices, read in questions]
     assert dataclasses.replace(suite, questions={"a": wrong}).answered({}) == {"a": 0.0}
+
+
+def test_a_decoder_without_text_is_refused():
+    with pytest.raises(PCBError, match=r"hold 3 sequences of a kind of text .* and it takes 4"):
+        language.spread(torch.zeros(3, 5), 4)
+    assert torch.equal(language.spread(torch.arange(5), 3), torch.tensor([0, 2, 4]))
 
 
 def test_a_decoder_refuses_what_it_cannot_do(tmp_path, monkeypatch):

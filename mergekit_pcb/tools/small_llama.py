@@ -45,7 +45,7 @@ def texts(domain: str, per_file: int = TEXT_PER_FILE, total: int = TEXT_PER_DOMA
     size = sum(map(len, found))
     if size < TEXT_PER_DOMAIN // 8:
         raise PCBError(
-            f"find enough {domain} text for the demo",
+            f"find enough {domain} text to train a model",
             f"the installed packages hold only {size} characters of it",
             "install torch and mergekit from their wheels in this environment",
         )
