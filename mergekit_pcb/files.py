@@ -32,13 +32,16 @@ def check_target(path: pathlib.Path) -> None:
             raise PCBError(f"write {path}", reason, "name another file")
         if target.exists() and not target.is_file():
             raise PCBError(f"write {path}", "it is no ordinary file", "name another")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # links in a circle are either, by Python's version
         raise PCBError(f"write {path}", one_line(error), "name another file") from None
 
 
 def check_folder(path: pathlib.Path) -> None:
     """Refuse a folder that could not be made, or written to, before the work that fills it."""
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise PCBError(f"write {path}", one_line(error), "name another folder") from None
     there = next(place for place in (target, *target.parents) if seen(str(place)))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise PCBError(f"write {path}", f"{there} is no folder to write to", "name another folder")

@@ -266,6 +266,18 @@ def test_an_out_dtype_too_narrow_for_a_value_is_refused(tmp_path, family):
     merge(tmp_path / "wide", config)
 
 
+def test_a_value_between_the_ends_of_bfloat16_and_float32_is_refused(tmp_path):
+    made = save_family(tmp_path / "models", tiny_llama(layers=1), tasks=1)
+    states = [tensors(path) for path in made]
+    for path, state, value in zip(made, states, (3.4e38, 3.3999e38), strict=True):
+        state["model.norm.weight"].fill_(value)
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    said = "model.norm.weight, because its values do not fit into torch.bfloat16"
+    assert said in refused(tmp_path, configuration(made, dtype="float32", out_dtype="bfloat16"))
+    with pytest.raises(PCBError, match=said):
+        merge_state_dicts(states, "pcb", base=0, out_dtype=torch.bfloat16)
+
+
 def test_shapes_are_looked_up_where_files_are_mapped(family):
     """Not on the GPU that tensors are to be read to."""
     from mergekit.options import MergeOptions
@@ -488,6 +500,31 @@ def test_a_head_that_is_not_the_embedding_is_ranked_whatever_the_configuration_s
     config = configuration(made, parameters={"scope": "model", "density": 0.3})
     run_in_process(config, tmp_path / "out")
     assert_equal_states(tensors(tmp_path / "out"), whole_reference(states, density=0.3), states[0])
+
+
+def test_an_untied_head_is_ranked_whatever_the_embedding_is_called(tmp_path):
+    """GPT-2's files have names with `transformer.` before them, or without."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    made, found = save_family(tmp_path / "long", GPT2LMHeadModel(config), tasks=2), []
+    shutil.copytree(tmp_path / "long", tmp_path / "short")
+    for kind in ("long", "short"):
+        folders = [tmp_path / kind / path.name for path in made]
+        for path in folders if kind == "short" else ():
+            state = {n.removeprefix("transformer."): t for n, t in tensors(path).items()}
+            save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        parameters = {"scope": "model", "density": 0.3}
+        run_in_process(configuration(folders, parameters=parameters), tmp_path / kind / "out")
+        found.append(tensors(tmp_path / kind / "out"))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+    assert not torch.equal(found[0]["lm_head.weight"], tensors(made[0])["lm_head.weight"])
 
 
 def test_four_names_of_one_tensor_have_one_mask(tmp_path):

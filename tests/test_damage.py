@@ -33,6 +33,13 @@ def truncate(folder):
     return file
 
 
+def truncate_head(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"]["lm_head.weight"]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return file
+
+
 def remove(folder):
     file = sorted(folder.glob("model-*.safetensors"))[1]
     file.unlink()
@@ -106,9 +113,11 @@ def test_tools_name_the_damaged_file(tmp_path, paths, damage, command):
     assert not list((work / "trials").glob("*"))
 
 
-@pytest.mark.parametrize("damage", [truncate, remove, misplace], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [truncate, truncate_head, remove, misplace], ids=lambda damage: damage.__name__
+)
 def test_a_merge_that_measures_names_it_too(tmp_path, paths, damage):
-    file = damage(paths[2])
+    file = damage(paths[0 if damage is truncate_head else 2])
     config = configuration(paths, parameters={"scope": "model"})
     out, result = merge(tmp_path / "m", config, check=False)
     assert result.returncode == 1

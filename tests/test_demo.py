@@ -241,7 +241,8 @@ def test_text_is_found_wherever_packages_are(tmp_path, monkeypatch):
     place = tmp_path / "site" / "a-1.dist-info"
     place.mkdir(parents=True)
     (place / "METADATA").write_text("Name: a\n\n" + "prose " * 40_000)
-    monkeypatch.setattr("sys.path", ["", str(tmp_path / "site")])
+    (tmp_path / "link").symlink_to("site")  # as lib64 may be lib
+    monkeypatch.setattr("sys.path", ["", str(tmp_path / "site"), str(tmp_path / "link")])
     monkeypatch.setattr("sysconfig.get_path", lambda name: pytest.fail(f"asked for {name}"))
     (found,) = small_llama.texts("prose", per_file=10**6)
     assert found == "prose " * 40_000

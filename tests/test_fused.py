@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import pieces
 
-from mergekit_pcb.core import dare, fused, kernels, measure, merge, philox, ranks
+from mergekit_pcb.core import dare, fused, kernels, measure, merge, philox, pools, ranks
 from mergekit_pcb.core.formulas import MIDDLE, POWER_OF_TWO, SMALL, Balance, power_of_two_, tanh_
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError, Recipe
 from mergekit_pcb.core.ranks import OrderStatistic
@@ -118,14 +118,30 @@ def test_a_processor_that_takes_subnormal_numbers_for_zero_is_no_obstacle():
 
 
 def test_where_no_further_thread_can_be_begun_one_does_it_all(monkeypatch):
-    class Full:
-        def submit(self, _):
-            raise RuntimeError("can't start new thread")
-
+    """And nothing stands in line to be done later, when nobody waits for it."""
     base, models = inputs(torch.float32, 600_011, 2)
     wanted = merged(base, models, way="1")
-    monkeypatch.setattr(fused.pools, "pool", lambda *_: Full())
-    found = merged(base, models, way="1")
+    start, begun = threading.Thread.start, []
+
+    def one_more(thread):
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    before = torch.get_num_threads()
+    pools.pool.cache_clear()
+    torch.set_num_threads(4)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", one_more)
+            found = merged(base, models, way="1")
+            begun.clear()
+            with pytest.raises(RuntimeError, match="new thread"):
+                pools.pool("walks", 2)
+    finally:
+        torch.set_num_threads(before)
+        pools.pool.cache_clear()
     assert torch.equal(found[1], wanted[1])
 
 

@@ -213,6 +213,11 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_counted(
     file.write_text(yaml.safe_dump(configuration(family)))
     result = CliRunner().invoke(cli.main, ["report", str(file), "-o", str(file / "a" / "b")])
     assert f"{file} is no folder to write to" in result.output
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
+    result = CliRunner().invoke(cli.main, ["report", str(file), "-o", str(circle / "b")])
+    assert isinstance(result.exception, SystemExit)
+    assert f"cannot write {circle}/b, because" in result.output
 
 
 # --- Where PCB's own merge is not all there is ---------------------------------------------------

@@ -13,8 +13,21 @@ import torch
 
 @functools.cache
 def pool(purpose: str, count: int) -> ThreadPoolExecutor:
-    """Threads of one purpose alone: a walk waits for masks, and neither may wait for itself."""
-    return ThreadPoolExecutor(count, thread_name_prefix=purpose)
+    """Threads of one purpose alone: a walk waits for masks, and neither may wait for itself.
+
+    All of them have begun; raises :class:`RuntimeError` where the system has no more. (What is
+    submitted to threads that cannot begin stays in line, and may be done when nobody waits for it.)
+    """
+    workers, begun = ThreadPoolExecutor(count, purpose), threading.Barrier(count + 1)
+    try:
+        for _ in range(count):
+            workers.submit(begun.wait)
+        begun.wait()
+    except BaseException:
+        begun.abort()
+        workers.shutdown(wait=False, cancel_futures=True)
+        raise
+    return workers
 
 
 def of(count: int, each: int) -> ThreadPoolExecutor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-import weakref
 from typing import Any
 
 import torch
 from mergekit.io.tasks import LoaderCache
 
+from mergekit_pcb.host import damage
 from mergekit_pcb.host.plan import Plan, sources_of
 
 TOKENIZER_FILES = (
@@ -25,7 +26,6 @@ TOKENIZER_FILES = (
 )
 #: Elements that tell most tensors apart, so that the rest is not read.
 FIRST = 1 << 16
-_TIED: weakref.WeakKeyDictionary[Plan, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 def loaders(plan: Plan, model: Any) -> tuple[Any, Any]:
@@ -41,6 +41,7 @@ def tokenizer_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
+@functools.lru_cache(maxsize=1)
 def tied(plan: Plan) -> dict[str, str]:
     """Planned tensors that are another one in every model, by its name: a head, its embedding.
 
@@ -48,28 +49,29 @@ def tied(plan: Plan) -> dict[str, str]:
     transformers takes T5's to tie what its files hold apart.) A file that lacks one of two names
     means the other by it.
     """
-    if plan not in _TIED:
-        found: dict[str, str] = {}
-        tasks = {task.output_weight.name: task for task in plan.tasks}
-        for name, task in tasks.items():
-            for other in task.output_weight.tied_names or ():
-                if other not in tasks or other in found or name in found.values():
-                    continue
-                if all(
-                    _alike(plan, model, task, tasks[other]) for model in (plan.base, *plan.models)
-                ):
-                    found[name] = other
-                    break
-        _TIED[plan] = found
-    return _TIED[plan]
+    found: dict[str, str] = {}
+    tasks = {task.output_weight.name: task for task in plan.tasks}
+    models = (plan.base, *plan.models)
+    for name, task in tasks.items():
+        for other in task.output_weight.tied_names or ():
+            if other not in tasks or other in found or name in found.values():
+                continue
+            with damage.named(plan.checkpoints):
+                alike = all(_alike(plan, model, task, tasks[other]) for model in models)
+            if alike:
+                found[name] = other
+                break
+    return found
 
 
 def _alike(plan: Plan, model: Any, *tasks: Any) -> bool:
     cache, key = loaders(plan, model)
     loader = cache.get(key)
-    sources = [dict((sources_of(task) or {}).items()) for task in tasks]
-    names = [infos[model].name for infos in sources if model in infos]
-    there = [name for name in names if name in loader.index.tensor_paths]
+    there = []
+    for task in tasks:
+        weight = dict((sources_of(task) or {}).items()).get(model)
+        names = [] if weight is None else [weight.name, *(weight.aliases or ())]
+        there += [name for name in names if name in loader.index.tensor_paths][:1]
     if len(there) < len(tasks):
         return True
     one, two = (loader.get_tensor(name, device="cpu") for name in there)

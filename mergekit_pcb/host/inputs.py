@@ -23,8 +23,9 @@ from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import damage
 from mergekit_pcb.host.checkpoints import loaders, tied, tokenizer_files
-from mergekit_pcb.host.groups import CONSTANT, aligned, check_shapes
+from mergekit_pcb.host.groups import aligned, check_shapes, is_infinite
 from mergekit_pcb.host.method import PCBMerge
+from mergekit_pcb.host.parameters import MODEL
 from mergekit_pcb.host.plan import Plan, sources_of
 
 Tensors = Mapping[Any, torch.Tensor | None]
@@ -88,13 +89,16 @@ class Inputs:
     def _sizes_and_rest(self) -> tuple[dict[str, Size], list[str], PCBError | None]:
         sizes: dict[str, Size] = {}
         rest, obstacle = [], None
+        # Where each tensor is ranked by itself, a head is, too.
+        ties = tied(self.plan) if self.plan.scope == MODEL else {}
         for task, tensors in self.shapes():
-            name, present = task.output_weight.name, _present(tensors)
+            name, group = task.output_weight.name, group_of(task, tensors)
+            present = group.tensors
             try:
-                refuse_unmergeable(task, group_of(task, tensors))
+                refuse_unmergeable(task, group)
             except PCBError as error:
                 obstacle = obstacle or error
-            if name in tied(self.plan) or self._is_infinite(name, present):
+            if name in ties or (present and is_infinite(group, self.plan.dtype)):
                 continue
             floating = all(tensor.is_floating_point() for tensor in present)
             alike = len(present) == len(task.model_order) and len({t.shape for t in present}) == 1
@@ -108,13 +112,6 @@ class Inputs:
             elif floating:
                 rest.append(name)
         return sizes, rest, obstacle
-
-    def _is_infinite(self, name: str, present: Sequence[torch.Tensor]) -> bool:
-        """Whether it is a constant of a mask, one number, that is infinite as it is merged."""
-        if not name.endswith(CONSTANT):
-            return False
-        cast = self.plan.dtype
-        return not all(bool(tensor.to(cast or tensor.dtype).isfinite().all()) for tensor in present)
 
     def _load(
         self, loads: Sequence[Any], device: torch.device
@@ -177,10 +174,6 @@ def refuse_unmergeable(task: ExecuteMergeMethodTask, group: TensorGroup) -> None
     if len(ids) > 1 or not task.output_weight.optional:
         PCBMerge().validate_inputs(ids, task.base_model, group_name=task.output_weight.name)
     check_shapes(group)
-
-
-def _present(tensors: Tensors) -> list[torch.Tensor]:
-    return [tensor for tensor in tensors.values() if tensor is not None]
 
 
 def _vocabulary(load: Any, models: Sequence[Any]) -> str:

@@ -25,10 +25,8 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_pcb import _autoload
-from mergekit_pcb.core.measure import finite
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.groups import (
-    beyond,
     check_shapes,
     explained_for,
     is_constant,
@@ -155,9 +153,6 @@ class PCBMerge(GroupMergeMethod):
                 if not is_constant(group):
                     refuse_beyond(out_dtype, tensor, name_of(group))
                 tensor = tensor.to(out_dtype)
-                # bfloat16 ends a little before float32 does.
-                if not is_constant(group) and not finite(tensor):
-                    raise beyond(out_dtype, name_of(group))
             merged.append(tensor)
         return tuple(merged)
 

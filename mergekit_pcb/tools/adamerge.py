@@ -7,7 +7,7 @@ gradient descent on their entropy; here they weigh the contributions of PCB.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ def adamerge(
     parts = contributions(base, experts, **parameters)
     own = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
-    _refuse_other_names(model, list(own), parts, modules)
+    _refuse_other_names(model, list(own), parts)
     tied = further_names({name: id(parameter) for name, parameter in own.items()})
     held = model.named_buffers(remove_duplicate=False)
     further = further_names({name: id(buffer) for name, buffer in held})
@@ -142,9 +142,7 @@ def adamerge(
     return Adapted(found, merged, entropies)
 
 
-def _refuse_other_names(
-    model: torch.nn.Module, own: Sequence[str], parts: Contributions, modules: Container[str]
-) -> None:
+def _refuse_other_names(model: torch.nn.Module, own: Sequence[str], parts: Contributions) -> None:
     """Raise :class:`PCBError` where nothing of the model is merged, or what it has no place for."""
     if parts[0] and not parts[0].keys() & set(own):
         raise PCBError(
@@ -153,8 +151,9 @@ def _refuse_other_names(
             f"experts ({next(iter(parts[0]))})",
             "give base and experts of the model's own kind (wrapped alike, if it is wrapped)",
         )
+    places = {*own, *(name for name, _ in model.named_buffers(remove_duplicate=False))}
     for name in parts[0]:
-        if name.rpartition(".")[0] not in modules:
+        if name not in places and not name.endswith("_extra_state"):
             raise PCBError(
                 f"adapt {type(model).__name__}",
                 f"it has no {name}, which base and experts have",

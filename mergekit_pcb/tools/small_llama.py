@@ -66,8 +66,10 @@ def up_to(total: int, texts: Iterable[str], per_text: int) -> list[str]:
 
 def _descriptions() -> Iterator[pathlib.Path]:
     """Of the packages that can be imported, wherever they are."""
-    for place in sorted({path for path in sys.path if pathlib.Path(path).is_absolute()}):
-        yield from pathlib.Path(place).glob("*.dist-info/METADATA")
+    # Resolved, for lib64 may be lib, and no text is to stand twice.
+    places = {pathlib.Path(path).resolve() for path in sys.path if pathlib.Path(path).is_absolute()}
+    for place in sorted(places):
+        yield from place.glob("*.dist-info/METADATA")
 
 
 def _headers(folder: pathlib.Path) -> list[pathlib.Path]:
