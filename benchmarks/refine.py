@@ -19,7 +19,7 @@ from benchmarks.kernel import models
 from benchmarks.measuring import alternate, extra_memory, machine
 from mergekit_pcb.core import matrices, refine, solve, spectrum
 from mergekit_pcb.core.matrices import Layout, Matrix
-from mergekit_pcb.core.measure import Recipe, measure_together
+from mergekit_pcb.core.measure import Recipe, measure_tensor
 from mergekit_pcb.core.vectors import Aligned
 
 TASKS, DENSITY, ANCHOR = 3, 0.1, 0.1
@@ -38,7 +38,7 @@ def actions(shape: tuple[int, int]) -> dict[str, Callable[[], object]]:
     tensors, layout = models(shape, torch.float32, TASKS), Layout(1, *shape)
     aligned = Aligned.of("matrix", tensors[0], tensors[1:])
     recipe = Recipe.of([DENSITY] * TASKS, 1e-4, [1.0] * TASKS, 0, range(TASKS))
-    known = measure_together([aligned], recipe)
+    known = measure_tensor(aligned, recipe)
     (matrix,) = Matrix.all_of(aligned, layout, torch.float32)
     own = matrices.norms(matrix)
     weights = [1.0] * TASKS
@@ -46,7 +46,7 @@ def actions(shape: tuple[int, int]) -> dict[str, Callable[[], object]]:
     rows = merged.view(shape)
 
     def whole(anchor: float | None, exponent: float | None) -> torch.Tensor:
-        measured = measure_together([aligned], recipe)
+        measured = measure_tensor(aligned, recipe)
         chosen = refine.Refinement(layout, anchor, exponent)
         return refine.merge(aligned, measured, weights, 1.0, chosen)
 

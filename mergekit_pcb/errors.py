@@ -1,4 +1,4 @@
-"""The errors that a user's mistake ends in: three beats, no traceback."""
+"""The errors that a user's mistake ends in: what, why and what to do, no traceback."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PCBError(click.ClickException, ValueError):
 
     def __init__(self, cannot: str, because: str, remedy: str) -> None:
         super().__init__(printable(f"cannot {cannot}, because {because}; {remedy}."))
-        self.beats = (cannot, because, remedy)
+        self.parts = (cannot, because, remedy)
 
     def __reduce__(self) -> tuple[type[PCBError], tuple[str, str, str]]:
-        return type(self), self.beats
+        return type(self), self.parts

@@ -64,6 +64,11 @@ def short_names(models: Sequence[str]) -> list[str]:
     return list(models)
 
 
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def size(count: float) -> str:
     """Bytes as people read them, in powers of 1000."""
     from tqdm import tqdm

@@ -12,7 +12,7 @@ import filelock
 import pytest
 import torch
 
-from mergekit_pcb.core import cells, fused, ranks, sample, threads, vectors
+from mergekit_pcb.core import cells, fused, ranks, sample, tally, vectors
 from mergekit_pcb.core.vectors import STRIP
 
 # The compiled loops run in the tests' small merges, too; test_fused.py runs both ways.
@@ -73,7 +73,7 @@ def pieces(size):
             patch.setattr(fused, "BLOCK_ELEMENTS", -(-size // STRIP) * STRIP)
             for name in ("SMALLEST_PIECE", "LARGEST_PIECE"):
                 patch.setattr(fused, name, 10 * size)
-            patch.setattr(threads, "KEPT_ELEMENTS", 4 * size)
+            patch.setattr(tally, "KEPT_ELEMENTS", 4 * size)
         yield
 
 

@@ -324,12 +324,12 @@ def test_what_cannot_be_merged_is_told(models, caplog):
 
 def test_what_the_model_has_no_place_for_is_told(models):
     base, experts = models
-    own = {"head.weight": torch.zeros(2, 5)}
-    more = [{**expert, "head.weight": torch.randn(2, 5)} for expert in experts]
+    own = {"head.weight": torch.zeros(20, 5)}
+    more = [{**expert, "head.weight": torch.randn(20, 5)} for expert in experts]
     with pytest.raises(PCBError, match=r"it has no head.weight, which base and experts have"):
         adamerge(base, {**base.state_dict(), **own}, more, [torch.randn(4, 6)])
     # Of a module that is there, too.
     name = next(n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)) + ".more"
-    more = [{**expert, name: torch.randn(2, 5)} for expert in experts]
+    more = [{**expert, name: torch.randn(20, 5)} for expert in experts]
     with pytest.raises(PCBError, match=rf"it has no {name}, which base and experts have"):
-        adamerge(base, {**base.state_dict(), name: torch.zeros(2, 5)}, more, [torch.randn(4, 6)])
+        adamerge(base, {**base.state_dict(), name: torch.zeros(20, 5)}, more, [torch.randn(4, 6)])

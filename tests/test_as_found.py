@@ -282,7 +282,7 @@ def test_shapes_are_looked_up_where_files_are_mapped(family):
     """Not on the GPU that tensors are to be read to."""
     from mergekit.options import MergeOptions
 
-    config = yaml.safe_dump(configuration(family, dtype="float32"))
+    config = configuration(family, dtype="float32")
     plan = planning.plan_without_merging(config, MergeOptions())
     for task in plan.tasks:
         load = task.gather_tensors.model_copy(update={"device": "cuda"})
@@ -396,7 +396,7 @@ def test_one_adapter_under_two_names_is_told(tmp_path, family):
         return ModelReference.model_validate(f"{family[0]}+{tmp_path}/{adapter}")
 
     adapters = [named("a"), named("./a"), named("b")]
-    plan = planning.plan_without_merging(yaml.safe_dump(configuration(family)), MergeOptions())
+    plan = planning.plan_without_merging(configuration(family), MergeOptions())
     task = plan.tasks[0].model_copy(update={"model_order": tuple(adapters)})
     values = dict.fromkeys(adapters, plan.tasks[0].input_parameters[plan.models[0]])
     task = task.model_copy(update={"input_parameters": ImmutableMap(values)})
@@ -433,7 +433,7 @@ def test_dtype_decides_what_is_computed_in(tmp_path):
     for file in files:
         save_file({"w": torch.randn(8, 8), "few": torch.randn(3).double()}, file)
     config = configuration(files, parameters={"scope": "model"}, dtype="float32")
-    plan = planning.plan_without_merging(yaml.safe_dump(config), MergeOptions(quiet=True))
+    plan = planning.plan_without_merging(config, MergeOptions(quiet=True))
     assert whole_model.measure_to_document(inputs.Inputs(plan)).arithmetic == "float32"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import mergekit_pcb
 
-THREE_BEATS = re.compile(r"^Error: cannot [^;]+, because [^;]+; .+\.$", re.MULTILINE)
+SENTENCE = re.compile(r"^Error: cannot [^;]+, because [^;]+; .+\.$", re.MULTILINE)
 
 
 def refused(tmp_path, config, command=mergekit_yaml, options=()):
@@ -24,8 +24,8 @@ def refused(tmp_path, config, command=mergekit_yaml, options=()):
     result = CliRunner().invoke(command, [str(file), str(tmp_path / "out"), *options])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
-    assert THREE_BEATS.search(result.output), result.output
-    return THREE_BEATS.search(result.output).group()
+    assert SENTENCE.search(result.output), result.output
+    return SENTENCE.search(result.output).group()
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_own_command_refuses_a_directory_in_use(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     result = CliRunner().invoke(main, ["demo", str(tmp_path)])
     assert result.exit_code == 1
-    assert THREE_BEATS.search(result.output)
+    assert SENTENCE.search(result.output)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -14,7 +14,7 @@ from families import save
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
-from mergekit_pcb.host.planning import named_models
+from mergekit_pcb.host.configuration import named_models
 from mergekit_pcb.tools import check as checking
 from mergekit_pcb.tools import check_base, cli
 
@@ -123,8 +123,13 @@ def test_what_is_kept_is_told_of_each_task_where_they_differ(tmp_path, family):
             {"base_model": None},
             "because task vectors are differences from a base model, and none",
         ),
-        ("top", {"dtype": "float31"}, "dtype: float31 is none; write float32 or bfloat16"),
-        ("top", {"out_dtype": "int8"}, "out_dtype: int8 is none"),
+        ("top", {"dtype": "float31"}, "dtype: float31, because mergekit knows no such dtype"),
+        (
+            "top",
+            {"out_dtype": "int8"},
+            "cannot use out_dtype: int8, because mergekit knows no such dtype",
+        ),
+        ("top", {"dtype": 16}, "cannot use dtype: 16, because mergekit knows no such dtype"),
     ],
 )
 def test_mistakes(tmp_path, family, place, change, complaint):
@@ -240,7 +245,9 @@ def test_files_for_mergekit_pytorch(tmp_path, family):
     file.write_text(yaml.safe_dump(configuration(files)))
     result = run("mergekit-pcb", "check", file, check=False)
     assert result.returncode == 1
-    assert "error: steps: it holds integers that differ" in result.stdout
+    assert (
+        "error: steps: cannot merge tensor steps, because it holds other numbers" in result.stdout
+    )
     assert f"warning: tensors: not every model has lm_head.weight ({files[2]})" in result.stdout
 
 

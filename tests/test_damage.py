@@ -13,7 +13,7 @@ import yaml
 from checkpoints import configuration, log_of, merge, run, save_family, tensors, tiny_llama
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from test_bad_input import THREE_BEATS
+from test_bad_input import SENTENCE
 from test_plan import environment
 
 import mergekit_pcb
@@ -247,7 +247,7 @@ def test_a_search_on_a_full_disk(tmp_path, blocks):
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    assert re.search(THREE_BEATS, result.stderr), result.stderr
+    assert re.search(SENTENCE, result.stderr), result.stderr
     assert f"cannot write to {tmp_path / 'best.search'}, because" in result.stderr
     assert not list((tmp_path / "best.search" / "trials").glob("*"))
     done = run("mergekit-pcb", *command[1:])
@@ -362,8 +362,8 @@ def test_no_library_call_ends_the_interpreter():
         lambda: mergekit_pcb.contributions({}, []),
         lambda: mergekit_pcb.search_weights(len, {}, [], budget=1),
         lambda: mergekit_pcb.adamerge(torch.nn.Linear(1, 1), {}, [], []),
-        lambda: report.observe("merge_method: pcb", MergeOptions()),
-        lambda: planning.plan_without_merging("1", MergeOptions()),
+        lambda: report.observe("", {"merge_method": "pcb"}, MergeOptions()),
+        lambda: planning.plan_without_merging(1, MergeOptions()),
     ):
         with pytest.raises((ValueError, RuntimeError), match=r"\w"):
             call()
@@ -615,7 +615,10 @@ def test_check_knows_the_dtypes_that_mergekit_knows(small):
     config, files = small
     for name in ("half", "float", "float8_e4m3fn"):
         config.write_text(yaml.safe_dump(configuration(files, out_dtype=name)))
-        assert f"error: out_dtype: {name} is none" in invoked("check", config).output
+        assert (
+            f"error: out_dtype: cannot use out_dtype: {name}, because"
+            in invoked("check", config).output
+        )
 
 
 BOMB = "a: &a [1]\n" + "".join(

@@ -494,7 +494,7 @@ def test_what_an_earlier_merge_says_of_itself_may_be_anything(tmp_path, family, 
     said = {"merge_method": "pcb", "parameters": earlier, "models": [{"dare_density": 0.5}]}
     (tmp_path / "first" / "mergekit_config.yml").write_text(yaml.safe_dump(said))
     config = configuration([family[0], tmp_path / "first"], parameters={"dare_density": 0.5})
-    plan = planning.plan_without_merging(yaml.safe_dump(config), MergeOptions())
+    plan = planning.plan_without_merging(config, MergeOptions())
     assert bool(advice._seed_remark(plan)) == warned
 
 

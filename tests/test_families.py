@@ -14,7 +14,7 @@ from families import FAMILIES, build, forward, save, text
 from reference import dare_factors
 from reference import pcb as reference
 from safetensors.torch import save_file
-from test_bad_input import THREE_BEATS
+from test_bad_input import SENTENCE
 from test_whole_model import assert_equal_states, whole_reference, with_tokenizer
 
 EXAMPLES = ROOT / "examples" / "yaml"
@@ -319,7 +319,7 @@ def refused_identity(adapter, out):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     (sentence,) = result.stderr.strip().splitlines()
-    assert re.search(THREE_BEATS, sentence), sentence
+    assert re.search(SENTENCE, sentence), sentence
     return sentence
 
 

@@ -36,7 +36,7 @@ def merged(base, tasks, *, way, density=0.2, clip=1e-4, dare=1.0, weights=None, 
         recipe = Recipe.of([density] * count, clip, [dare] * count, 0, range(count))
         aligned = Aligned.of("w", base, tasks)
         if together:
-            statistics = measure.measure_together([aligned], recipe)
+            statistics = measure.measure_tensor(aligned, recipe)
         else:  # without a look ahead, as a whole model is measured
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
             statistics = measure.measure(lambda: [aligned], len(aligned), recipe, dtype)

@@ -14,7 +14,7 @@ from checkpoints import configuration, merge, save_family, tensors, tiny_llama
 from conftest import ON_GPU, pieces
 from test_fused import ADVERSARIAL, inputs, merged
 
-from mergekit_pcb.core import dare, fused, gpu, measure, ranks, rehearsal
+from mergekit_pcb.core import dare, formulas, fused, gpu, measure, ranks, rehearsal
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
 from mergekit_pcb.core.merge import delta
 from mergekit_pcb.core.merge import merge as pcb_merge
@@ -238,7 +238,7 @@ def test_kernels_are_rehearsed_on_every_way_through_them(kind, monkeypatch):
         patch.setattr(gpu._Line, "saw", lambda own, *_: setattr(own, "done", True))
         with pytest.raises((RuntimeError, ValueError)):
             rehearsal.walks(walk, DEVICE.type, kind)
-    monkeypatch.setattr(gpu, "factor", lambda *_: 1.0)
+    monkeypatch.setattr(gpu, "table", lambda *given: numpy.ones_like(formulas.table(*given)))
     with pytest.raises(RuntimeError, match="wrong numbers"):
         rehearsal.walks(walk, DEVICE.type, kind)
 
@@ -298,8 +298,8 @@ class TestOnAGPU:
         base, models = inputs(torch.bfloat16, 300_000, 3)
         recipe = measure.Recipe.of([0.2] * 3, 1e-4, [0.5] * 3, 0, range(3))
         found = [
-            measure.measure_together(
-                [Aligned.of("w", base.to(device), [model.to(device) for model in models])], recipe
+            measure.measure_tensor(
+                Aligned.of("w", base.to(device), [model.to(device) for model in models]), recipe
             )
             for device in ("cuda", "cpu")
         ]

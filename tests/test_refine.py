@@ -12,7 +12,7 @@ from reference import pcb as reference
 
 from mergekit_pcb.core import fused, matrices, pools, products, refine, solve, spectrum, vectors
 from mergekit_pcb.core.matrices import Layout, Matrix
-from mergekit_pcb.core.measure import OutOfRangeError, Recipe, measure_together
+from mergekit_pcb.core.measure import OutOfRangeError, Recipe, measure_tensor
 from mergekit_pcb.core.vectors import Aligned
 
 #: Of the merged task vector's norm; what solve.py and spectrum.py promise.
@@ -64,7 +64,7 @@ def prepared(tensors, *, density=0.2, dare=1.0, name="a tensor"):
     tasks = len(tensors) - 1
     aligned = Aligned.of(name, tensors[0], tensors[1:])
     recipe = Recipe.of([density] * tasks, 1e-4, [dare] * tasks, 0, range(tasks))
-    return aligned, measure_together([aligned], recipe)
+    return aligned, measure_tensor(aligned, recipe)
 
 
 def expected(tensors, layout, *, weights=None, density=0.2, factors=None, lam=1.0, **chosen):

@@ -20,7 +20,7 @@ from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from reference import dare_factors, refined
 from reference import pcb as reference
 from safetensors.torch import save_file
-from test_bad_input import THREE_BEATS, refused, unreadable  # noqa: F401 - a fixture
+from test_bad_input import SENTENCE, refused, unreadable  # noqa: F401 - a fixture
 from test_families import fused
 from test_plan import run_in_process
 from test_whole_model import whole_reference
@@ -506,7 +506,7 @@ def test_nan_is_named_and_nothing_is_written(tmp_path, family):
     file.write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(mergekit_pytorch, [str(file), str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert THREE_BEATS.search(result.output)
+    assert SENTENCE.search(result.output)
     assert f"{files[1]} holds NaN or infinity" in result.output
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

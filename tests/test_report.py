@@ -10,7 +10,7 @@ import torch
 import yaml
 from checkpoints import configuration, run, tensors
 from click.testing import CliRunner
-from test_bad_input import THREE_BEATS
+from test_bad_input import SENTENCE
 from test_dare import dare_factors
 
 from mergekit_pcb.tools import cli
@@ -191,7 +191,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, family, monkeypatch):
         result = run("mergekit-pcb", "report", file, "-o", out, check=False)
         assert result.returncode in (1, 2)
         assert "Traceback" not in result.stderr
-        assert THREE_BEATS.search(result.stderr), result.stderr
+        assert SENTENCE.search(result.stderr), result.stderr
         assert complaint in result.stderr
     file.write_text("merge_method: pcb\n---\nmerge_method: pcb\n")
     for command in ("report", "measure"):

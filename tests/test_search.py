@@ -18,7 +18,7 @@ import yaml
 from checkpoints import configuration, log_of, merge, run, save_family, tensors, tiny_llama
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import save_file
-from test_bad_input import THREE_BEATS
+from test_bad_input import SENTENCE
 
 import mergekit_pcb
 from mergekit_pcb import search_weights
@@ -180,7 +180,7 @@ def test_when_every_trial_fails(place, command, why):
     result = run("mergekit-pcb", "search", *options, "-o", place / "best.yml", check=False)
     assert result.returncode == 1
     assert why in result.stderr
-    assert THREE_BEATS.search(result.stderr)
+    assert SENTENCE.search(result.stderr)
     assert not (place / "best.yml").exists()
 
 
@@ -286,7 +286,7 @@ def test_mistakes_end_in_a_sentence(place, change, options, complaint):
     result = run("mergekit-pcb", "search", *arguments(place), *options, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    sentence = THREE_BEATS.search(result.stderr)
+    sentence = SENTENCE.search(result.stderr)
     assert sentence, result.stderr
     assert complaint in sentence.group()
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from checkpoints import configuration, log_of, run, save_family, study_of, tiny_llama
 from click.testing import CliRunner
-from test_bad_input import THREE_BEATS
+from test_bad_input import SENTENCE
 
 from mergekit_pcb import PCBError, search_weights
 from mergekit_pcb.tools import cli
@@ -61,7 +61,7 @@ def invoked(*words):
 def refused(*words):
     result = invoked(*words)
     assert result.exit_code == 1, result.output
-    return " ".join(THREE_BEATS.search(result.output).group().split())
+    return " ".join(SENTENCE.search(result.output).group().split())
 
 
 def test_several_at_a_time_share_contributions_and_cards(place, monkeypatch):
@@ -253,17 +253,17 @@ def test_processes_take_turns_where_a_score_has_one_file_for_all(place):
 
 
 def test_values_that_cannot_be_merged_are_trials_that_failed(place, monkeypatch):
-    from mergekit_pcb.tools import search_merges
+    from mergekit_pcb.host import planning
 
-    real, asked = search_merges.Merges._merge, []
+    real, asked = planning.run, []
 
-    def sometimes(self, *given):
+    def sometimes(*given):
         asked.append(1)
         if len(asked) in failing:
             raise failing[len(asked)]
-        real(self, *given)
+        real(*given)
 
-    monkeypatch.setattr(search_merges.Merges, "_merge", sometimes)
+    monkeypatch.setattr(planning, "run", sometimes)
     words = ["--search", "density"]
     failing = {
         2: PCBError("solve", "the matrix is large", "use another card"),
@@ -619,9 +619,7 @@ def test_folders_of_others_are_left_alone(place):
     folder.mkdir()
     (folder / "thesis.tex").write_text("")
     assert "it holds thesis.tex, which is no search's" in refused(*arguments())
-    (folder / "thesis.tex").rename(folder / "trials.jsonl")
-    assert "an earlier version began it" in refused(*arguments())
-    assert {path.name for path in folder.iterdir()} == {"trials.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"thesis.tex"}
 
 
 def test_a_folder_with_a_model_of_the_name_of_ours_is_left_alone(place):

@@ -12,13 +12,18 @@ here (:class:`Balance`) and is found in ``measure.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy
 import torch
 
 # Released code, last line of PCB_merge: the divisor is clamped here, not guarded against zero.
 SMALLEST_DIVISOR = 1e-12
 LOG2_E = 1 / math.log(2)
+#: Numbers of a task in :func:`table`.
+COLUMNS = 9
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,22 @@ class Balance:
     @property
     def silent(self) -> bool:
         return self.constant or not self.threshold < self.peak
+
+
+def table(balances: Sequence[Balance], tasks: int, weights: Sequence[float]) -> Any:
+    """What compiled loops take of ``balances``, as float32: a row per task.
+
+    ``low, high, √(n log₂ e) / (high − low), n log₂ e, threshold, peak − threshold, its inverse,
+    weight, whether it competes``, where ``n`` is the number of ``tasks``.
+    """
+    rows = numpy.zeros((len(balances), COLUMNS), "f4")
+    with numpy.errstate(divide="ignore", over="ignore"):  # the inverse of a subnormal number
+        for row, b, weight in zip(rows, balances, weights, strict=True):
+            row[:4] = b.low, b.high, 0 if b.constant else factor(b, tasks), tasks * LOG2_E
+            row[4:6] = b.threshold, b.peak - b.threshold
+            row[6] = 0 if b.silent else 1 / row[5]
+            row[7:] = weight, not b.silent
+    return rows
 
 
 def low_rank(count: int, clip: float) -> int:

@@ -21,9 +21,9 @@ import numpy
 import torch
 
 from mergekit_pcb.core import dare, pools, ranks, rehearsal
-from mergekit_pcb.core.formulas import LOG2_E, SMALLEST_DIVISOR, Balance, factor
+from mergekit_pcb.core.formulas import SMALLEST_DIVISOR, Balance, table
 from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU, current
-from mergekit_pcb.core.threads import Lines, Open, Room, Tally
+from mergekit_pcb.core.tally import Lines, Open, Room, Tally
 from mergekit_pcb.core.vectors import Aligned
 
 LOG = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ class Fused:
         self._aligned, self._loops, self._count = aligned, walks, len(aligned.tasks)
         self._base = _bits(aligned.base)
         self._addresses = numpy.array([task.data_ptr() for task in aligned.tasks], "i8")
-        factors = [0 if mask is None else 1 / mask.density for mask in aligned.masks]
-        self._factors = numpy.array(factors, "f4")
+        self._factors = numpy.array(aligned.factors, "f4")
 
     def magnitudes(self, open_: Open) -> float:
         """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
@@ -145,13 +144,13 @@ class Fused:
 
     def scores(self, open_: Open, intervals: Sequence[Balance]) -> list[float]:
         """Show the statistics all scores; the largest of each task."""
-        lines, table = Lines(open_), self._intervals(intervals, len(intervals))
+        lines, rows = Lines(open_), table(intervals, len(intervals), [0.0] * self._count)
         peaks: list[Any] = []
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = Tally(lines, room)
             most = numpy.full(self._count, -math.inf, "f4")
-            own = room.tau, room.total, table, room.values, room.bits, *room.products, most
+            own = room.tau, room.total, rows, room.values, room.bits, *room.products, most
             for first, end in pieces:
                 inputs, start = self._inputs(room, first, end), first
                 while start < end:
@@ -172,11 +171,10 @@ class Fused:
 
         ``out`` has the inputs' dtype.
         """
-        weights = self._weights(balances, tasks, factors)
-        written, largest = _bits(out), [0]
+        rows, written, largest = table(balances, tasks, factors), _bits(out), [0]
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
-            own = self._scored(room, *weights)
+            own = self._scored(room, rows)
             for first, end in pieces:
                 given = *self._inputs(room, first, end), first, end, *own, *room.merged, written
                 largest.append(self._loops.walk_merge(*given))
@@ -196,35 +194,19 @@ class Fused:
 
         ``out`` is in float32, as long as there are elements, and ``begin`` a multiple of 8.
         """
-        weights, written = self._weights(balances, tasks, factors), out.numpy()
+        rows, written = table(balances, tasks, factors), out.numpy()
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
-            own = self._scored(room, *weights)
+            own = self._scored(room, rows)
             for first, end in pieces:
                 given = *self._inputs(room, first, end), first, end, *own, begin, written
                 self._loops.walk_delta(*given)
 
         self._walk(work, begin, begin + len(out))
 
-    def _weights(
-        self, balances: Sequence[Balance], tasks: int, factors: Sequence[float]
-    ) -> tuple[Any, Any]:
-        """Tables of what scores and what weights take."""
-        rows = [
-            (b.low, b.high, b.threshold, b.peak - b.threshold, factor, not b.silent)
-            for b, factor in zip(balances, factors, strict=True)
-        ]
-        return self._intervals(balances, tasks), numpy.array(rows, "f4")
-
-    def _scored(self, room: Room, table: Any, weights: Any) -> tuple[Any, ...]:
+    def _scored(self, room: Room, rows: Any) -> tuple[Any, ...]:
         smallest = numpy.float32(SMALLEST_DIVISOR)
-        return room.tau, room.total, table, room.values, *room.products, weights, smallest
-
-    def _intervals(self, balances: Sequence[Balance], tasks: int) -> Any:
-        rows = [
-            (b.low, b.high, 0 if b.constant else factor(b, tasks), tasks * LOG2_E) for b in balances
-        ]
-        return numpy.array(rows, "f4")
+        return room.tau, room.total, rows, room.values, *room.products, smallest
 
     def _inputs(self, room: Room, first: int, end: int) -> tuple[Any, ...]:
         """What the loops read of a piece; masks are given as bits."""

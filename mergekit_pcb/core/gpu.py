@@ -14,9 +14,9 @@ import numpy
 import torch
 
 from mergekit_pcb.core.cells import Cells, told_apart
-from mergekit_pcb.core.formulas import LOG2_E, Balance, factor
+from mergekit_pcb.core.formulas import Balance, table
 from mergekit_pcb.core.ranks import OrderStatistic
-from mergekit_pcb.core.threads import Open
+from mergekit_pcb.core.tally import Open
 from mergekit_pcb.core.vectors import Aligned
 
 # Elements that a program, a single warp, looks at together; at most 2^9.
@@ -45,8 +45,8 @@ class OnGPU:
 
     def scores(self, open_: Open, intervals: Sequence[Balance]) -> list[float]:
         most = self._integers(PROGRAMS, self._tasks, fill=-(2**31) + 1)
-        table = self._balances(intervals, len(intervals), [0.0] * self._tasks)
-        self._count(self._kernels.walk_scores, open_, table, most)
+        rows = self._table(intervals, len(intervals), [0.0] * self._tasks)
+        self._count(self._kernels.walk_scores, open_, rows, most)
         patterns = most.amax(0)
         sizes = patterns.abs().view(torch.float32)
         found: list[float] = torch.where(patterns < 0, -sizes, sizes).tolist()
@@ -56,9 +56,9 @@ class OnGPU:
         self, balances: Sequence[Balance], tasks: int, factors: Sequence[float], out: torch.Tensor
     ) -> bool:
         most = self._integers(PROGRAMS, fill=0)
-        table = self._balances(balances, tasks, factors)
+        rows = self._table(balances, tasks, factors)
         more = {"FROM_BASE": True, "NEAR": _near(balances)}
-        self._launch(self._kernels.walk_merge, table, out, most, **more)
+        self._launch(self._kernels.walk_merge, rows, out, most, **more)
         return float(most.amax().view(torch.float32)) <= torch.finfo(out.dtype).max
 
     def delta(
@@ -69,9 +69,9 @@ class OnGPU:
         begin: int,
         out: torch.Tensor,
     ) -> None:
-        table, most = self._balances(balances, tasks, factors), self._integers(1, fill=0)
+        rows, most = self._table(balances, tasks, factors), self._integers(1, fill=0)
         more = {"begin": begin, "end": begin + len(out), "NEAR": _near(balances)}
-        self._launch(self._kernels.walk_merge, table, out, most, FROM_BASE=False, **more)
+        self._launch(self._kernels.walk_merge, rows, out, most, FROM_BASE=False, **more)
 
     def _count(self, kernel: Any, open_: Open, *more: torch.Tensor) -> None:
         """Show the statistics all values; another walk counts where the first had no room."""
@@ -103,14 +103,13 @@ class OnGPU:
             None if mask is None else mask.whole(device, self._draw)[begin // 8 :]
             for mask in aligned.masks
         ]
-        factors = [0 if mask is None else 1 / mask.density for mask in aligned.masks]
         base = aligned.base[begin:end]
         blocks, rest = divmod(len(base), BLOCK_ELEMENTS)
         inputs = (
             base,
             tuple(task[begin:end] for task in aligned.tasks),
             tuple(masks),
-            torch.tensor(factors, dtype=torch.float32).to(device),
+            torch.tensor(aligned.factors, dtype=torch.float32).to(device),
         )
         options = {"BLOCK": BLOCK_ELEMENTS, "num_warps": 1, "enable_fp_fusion": False, **more}
         with current(device):
@@ -142,17 +141,10 @@ class OnGPU:
             )
         return bits.view(torch.uint8)
 
-    def _balances(
+    def _table(
         self, balances: Sequence[Balance], tasks: int, factors: Sequence[float]
     ) -> torch.Tensor:
-        """The table of what scores and weights take, a row per task."""
-        rows = numpy.zeros((len(balances), self._kernels.BALANCE), "f4")
-        for row, b, weight in zip(rows, balances, factors, strict=True):
-            row[:4] = b.low, b.high, 0 if b.constant else factor(b, tasks), tasks * LOG2_E
-            row[4:6] = b.threshold, b.peak - b.threshold
-            row[6] = 0 if b.silent else 1 / row[5]
-            row[7:] = weight, not b.silent
-        return torch.from_numpy(rows).to(self._device)
+        return torch.from_numpy(table(balances, tasks, factors)).to(self._device)
 
     def _integers(self, *shape: int, fill: int) -> torch.Tensor:
         return torch.full(shape, fill, dtype=torch.int32, device=self._device)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from mergekit_pcb.core.formulas import (
+    COLUMNS,
     HYPERBOLIC,
     LEAST_EXPONENT,
     LOG2_E,
@@ -26,9 +27,8 @@ from mergekit_pcb.core.formulas import (
     SMALLEST_DIVISOR,
 )
 
-#: Numbers of a line of the table of order statistics, and of a task in the table of balances.
+#: Numbers of a line of the table of order statistics.
 LINE = 8
-BALANCE = 9
 
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(tl.constexpr, POWER_OF_TWO)
 _H0, _H1, _H2, _H3, _H4 = map(tl.constexpr, HYPERBOLIC)
@@ -36,7 +36,7 @@ _ROUNDING, _LEAST = tl.constexpr(ROUNDING), tl.constexpr(LEAST_EXPONENT)
 _SMALL, _MIDDLE = tl.constexpr(SMALL), tl.constexpr(MIDDLE)
 _MINUS_2_LOG2_E, _MINUS_THIRD = tl.constexpr(-2 * LOG2_E), tl.constexpr(-1 / 3)
 _SMALLEST_DIVISOR, _MAGNITUDE = tl.constexpr(SMALLEST_DIVISOR), tl.constexpr(0x7FFFFFFF)
-_LINE, _BALANCE = tl.constexpr(LINE), tl.constexpr(BALANCE)
+_LINE, _COLUMNS = tl.constexpr(LINE), tl.constexpr(COLUMNS)
 _SMALL_BITS, _MIDDLE_BITS = (
     tl.constexpr(int(numpy.float32(x).view("i4"))) for x in (SMALL, MIDDLE)
 )
@@ -83,7 +83,7 @@ def walk_scores(
         _, taus = _task_vectors(base, tasks, masks, factors, start, inside, BLOCK)
         total = _sum(taus)
         for task in tl.static_range(len(tasks)):
-            scores = _score(taus[task], total, inside, table + task * _BALANCE)
+            scores = _score(taus[task], total, inside, table + task * _COLUMNS)
             largest = tl.max(tl.where(inside, _pattern(scores), -_MAGNITUDE))
             tl.atomic_max(most + tl.program_id(0) * len(tasks) + task, largest, sem="relaxed")
             for line in tl.static_range(LINES):
@@ -108,7 +108,7 @@ def walk_merge(
         numerator = tl.zeros((BLOCK,), tl.float32)
         divisor = tl.zeros((BLOCK,), tl.float32)
         for task in tl.static_range(len(tasks)):
-            row = table + task * _BALANCE
+            row = table + task * _COLUMNS
             if tl.load(row + 8) != 0:  # it competes
                 tau, threshold = taus[task], tl.load(row + 4)
                 above = tl.maximum(_score(tau, total, inside, row), threshold) - threshold

@@ -170,10 +170,7 @@ def look_at_strip(
 def scores(
     tau: Any, total: Any, table: Any, out: Any, products: Any, product_bits: Any, count: int
 ) -> None:
-    """The scores of all tasks; ``products`` is scratch.
-
-    ``table`` has a row ``low, high, √(n log₂ e) / (high − low), n log₂ e`` per task.
-    """
+    """The scores of all tasks; ``table`` is that of ``formulas.py``, ``products`` scratch."""
     largest = numpy.int32(0)
     for task in range(len(tau)):
         low, high = table[task, 0], table[task, 1]
@@ -249,16 +246,15 @@ def combine(
 ) -> None:
     """The merged task vector, in ``numerator``; ``divisor`` is scratch.
 
-    ``table`` has a row ``low, high, threshold, peak − threshold, weight, competes`` per task;
-    ``smallest`` is the least divisor.
+    ``table`` is that of ``formulas.py``, ``smallest`` the least divisor.
     """
     for i in range(count):
         numerator[i] = 0
         divisor[i] = 0
     for task in range(len(tau)):
-        low, high, threshold = table[task, 0], table[task, 1], table[task, 2]
-        width, weight = table[task, 3], table[task, 4]
-        if table[task, 5] == 0:
+        low, high, threshold = table[task, 0], table[task, 1], table[task, 4]
+        width, weight = table[task, 5], table[task, 7]
+        if table[task, 8] == 0:
             continue
         for i in range(count):
             delta = tau[task, i]

@@ -7,6 +7,7 @@ them. A guess that missed costs one more pass.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from mergekit_pcb.core.formulas import (
 )
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.sample import Sample
-from mergekit_pcb.core.threads import Open
+from mergekit_pcb.core.tally import Open
 from mergekit_pcb.core.vectors import Aligned, Scratch, chunk_elements, working_dtype
 
 #: Begins a new pass over the tensors of a scope.
@@ -101,11 +102,10 @@ class OutOfRangeError(Exception):
         self.tensor = tensor
 
 
-def measure_together(tensors: Sequence[Aligned], recipe: Recipe) -> Statistics:
-    """Measure tensors that are all at hand as one scope, in the widest of their precisions."""
-    dtypes = (working_dtype(aligned.base.dtype) for aligned in tensors)
-    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    return measure(lambda: tensors, sum(map(len, tensors)), recipe, dtype, at_hand=True)
+def measure_tensor(aligned: Aligned, recipe: Recipe) -> Statistics:
+    """Measure a tensor by itself, in its own precision."""
+    dtype = working_dtype(aligned.base.dtype)
+    return measure(lambda: [aligned], len(aligned), recipe, dtype, at_hand=True)
 
 
 def measure(
@@ -270,22 +270,17 @@ def _settle(
     statistics: dict[int, list[OrderStatistic]], walk: Callable[[Open], None]
 ) -> dict[int, list[float]]:
     """Walk over the values of the tasks until each of their statistics has its answer."""
-    answers: dict[int, list[float | None]] = {
-        task: [None] * len(s) for task, s in statistics.items()
-    }
-    while waiting := [task for task in statistics if None in answers[task]]:
-        walk(
-            {
-                task: [s for s, a in zip(statistics[task], answers[task], strict=True) if a is None]
-                for task in waiting
-            }
-        )
-        for task in waiting:
-            answers[task] = [
-                statistic.settle() if answer is None else answer
-                for statistic, answer in zip(statistics[task], answers[task], strict=True)
-            ]
-    return answers  # type: ignore[return-value]
+    answers: dict[OrderStatistic, float] = {}
+    while waiting := {
+        task: left
+        for task, own in statistics.items()
+        if (left := [statistic for statistic in own if statistic not in answers])
+    }:
+        walk(waiting)
+        for statistic in itertools.chain.from_iterable(waiting.values()):
+            if (answer := statistic.settle()) is not None:
+                answers[statistic] = answer
+    return {task: [answers[statistic] for statistic in own] for task, own in statistics.items()}
 
 
 def check_finite(aligned: Aligned) -> None:

@@ -34,9 +34,7 @@ EXACT = "highest"
 T = TypeVar("T")
 
 
-def add_product_(
-    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0
-) -> None:
+def add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     """Add ``scale · left @ right`` to a matrix."""
     _do(out.device, _products(out, left, right, alpha=scale))
 

@@ -188,7 +188,7 @@ def _largest_eigenvalue(gram: torch.Tensor) -> float:
 
 
 def _blocks(
-    matrix: Matrix, task: int, scale: float, dtype: torch.dtype, *, whole: bool = False
+    matrix: Matrix, task: int, scale: float, dtype: torch.dtype, *, whole: bool
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some rows after the other of a task vector, scaled; each valid until the next."""
     blocks = matrix.blocks(whole=whole)

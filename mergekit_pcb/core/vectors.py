@@ -62,6 +62,11 @@ class Aligned:
         masks = tuple(None if mask is None else self._drawn[mask] for mask in dare)
         return replace(self, masks=masks)
 
+    @property
+    def factors(self) -> list[float]:
+        """What is left of each task vector is multiplied by these; 0 where nothing is dropped."""
+        return [0 if mask is None else 1 / mask.density for mask in self.masks]
+
     def __len__(self) -> int:
         return self.base.numel()
 

@@ -77,7 +77,7 @@ def walk_scores(
 def walk_merge(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
     tau: Any, total: Any, table: Any, values: Any, products: Any, product_bits: Any,
-    weights: Any, smallest: Any, merged: Any, merged_bits: Any, out: Any,
+    smallest: Any, merged: Any, merged_bits: Any, out: Any,
 ) -> Any:  # fmt: skip
     """Merge elements into ``out``, a whole tensor; returns the bits of the largest magnitude.
 
@@ -89,7 +89,7 @@ def walk_merge(
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
         add(tau, total, count)
         scores(tau, total, table, values, products, product_bits, count)
-        combine(tau, values, weights, smallest, merged, total, count)
+        combine(tau, values, table, smallest, merged, total, count)
         most = max(most, subtract(base, start, merged, merged_bits, count))
         store(merged, merged_bits, out[start : start + count], count)
         start += count
@@ -100,7 +100,7 @@ def walk_merge(
 def walk_delta(
     base: Any, addresses: Any, masks: Any, factors: Any, first: int, start: int, end: int,
     tau: Any, total: Any, table: Any, values: Any, products: Any, product_bits: Any,
-    weights: Any, smallest: Any, begin: int, out: Any,
+    smallest: Any, begin: int, out: Any,
 ) -> None:  # fmt: skip
     """The merged task vector of elements, to ``out``, which begins at element ``begin``."""
     while start < end:
@@ -108,7 +108,7 @@ def walk_delta(
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
         add(tau, total, count)
         scores(tau, total, table, values, products, product_bits, count)
-        combine(tau, values, weights, smallest, out[start - begin :], total, count)
+        combine(tau, values, table, smallest, out[start - begin :], total, count)
         start += count
 
 

@@ -1,5 +1,5 @@
 """Everything that knows mergekit: parameters, the method, and the plan of a whole merge."""
 
-# Its registry makes the method known, which imports most of these rooms: before one of them is
-# half imported itself.
+# mergekit's registry imports the method, and with it most modules here. It comes first, before one
+# of them is half imported itself.
 import mergekit.merge_methods.registry  # noqa: F401

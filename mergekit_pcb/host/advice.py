@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from mergekit_pcb.errors import printable
 from mergekit_pcb.host import refined
 from mergekit_pcb.host.checkpoints import loaders
+from mergekit_pcb.host.configuration import parts, scalars
 from mergekit_pcb.host.kinds import some
 from mergekit_pcb.host.parameters import density_remarks, ignored
 from mergekit_pcb.host.plan import Plan, sources_of
@@ -49,23 +50,11 @@ def give(plan: Plan, configuration: BaseModel) -> None:
 
 def ignored_in(document: Any) -> Iterator[str]:
     """Parameters, anywhere in a configuration, that mergekit ignores without a word."""
-    for part in _parts(document):
+    for part in parts(document):
         model = part.get("model")
         for name in part.get("parameters") or ():
             if wrong := ignored(name, per_model=model is not None):
                 yield f"{model}: {wrong}" if model else wrong
-
-
-def _parts(part: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping of a configuration that parameters may stand in, from the outside in."""
-    if isinstance(part, dict):
-        yield part
-        for name, inner in part.items():
-            if name != "parameters":
-                yield from _parts(inner)
-    elif isinstance(part, (list, tuple)):
-        for inner in part:
-            yield from _parts(inner)
 
 
 def remarks(plan: Plan, document: Any) -> dict[str, str]:
@@ -85,7 +74,7 @@ def remarks(plan: Plan, document: Any) -> dict[str, str]:
 
 def _gradients(document: Any) -> Iterator[str]:
     """Names of the parameters, anywhere in a configuration, that have a value for each layer."""
-    for part in _parts(document):
+    for part in parts(document):
         for name, value in (part.get("parameters") or {}).items():
             values = [value]
             if isinstance(value, list) and all(isinstance(one, dict) for one in value):
@@ -104,13 +93,11 @@ def _seed_remark(plan: Plan) -> str:
     for model, document in _merged_before(plan) if drawn else ():
         earlier = document.get("parameters")
         seeds = earlier.get("seed", 0) if isinstance(earlier, dict) else 0
-        filtered = seeds if isinstance(seeds, list) else [{"value": seeds}]
-        values = [part.get("value") for part in filtered if isinstance(part, dict)]
-        again = [seed for seed in drawn if seed in values]
+        again = drawn.intersection(scalars(seeds))
         had_dare = "'dare_density'" in repr(document)
         if document.get("merge_method") == "pcb" and had_dare and again:
             return (
-                f"{model} was itself merged under DARE with seed {again[0]}, so its elements are "
+                f"{model} was itself merged under DARE with seed {min(again)}, so its elements are "
                 "kept and dropped by the same masks again; give each stage a seed of its own"
             )
     return ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -31,12 +32,6 @@ def aligned(group: TensorGroup) -> Aligned:
     """Flatten a group's tensors, all of one shape, dtype and device; the base has to be there."""
     name = name_of(group)
     base, tasks = group.base, group.non_base
-    if base is None or not tasks:
-        raise PCBError(
-            f"merge tensor {name}",
-            "it needs a base and at least one task",
-            "call the method with a base_index and two or more tensors",
-        )
     if not base.tensor.is_floating_point():
         raise PCBError(
             f"merge tensor {name}",
@@ -59,7 +54,7 @@ def is_constant(group: TensorGroup) -> bool:
 
 
 def is_infinite(group: TensorGroup, dtype: torch.dtype | None = None) -> bool:
-    """Whether it is such a constant that cannot be measured, cast to a dtype; others may not be."""
+    """Whether it is such a constant, and infinite when it is cast to a dtype (none: as it is)."""
     if not name_of(group).endswith(CONSTANT):
         return False
     cast = align_dtype(group, dtype)
@@ -111,6 +106,21 @@ def check_shapes(group: TensorGroup) -> None:
                 "align vocabularies with `tokenizer: {source: base}`"
                 if group.metadata.vocabulary_axis is not None
                 else "merge only models fine-tuned from this base",
+            )
+
+
+def refuse_other_buffers(group: TensorGroup) -> None:
+    """Refuse counters and masks that differ, in a sentence; mergekit's own error names no model."""
+    for first, other in itertools.pairwise(group.entries):
+        one, two = first.tensor, other.tensor
+        if one.is_floating_point() and two.is_floating_point():
+            continue
+        if one.dtype != two.dtype or not torch.equal(one, two):
+            raise PCBError(
+                f"merge tensor {group.metadata.name}",
+                f"it holds other numbers or another dtype in {other.id} ({two.dtype}) than in "
+                f"{first.id} ({one.dtype}), and whole numbers are not merged",
+                "make them alike, or leave it out of the models",
             )
 
 

@@ -23,7 +23,7 @@ from mergekit_pcb.core.vectors import Aligned
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host import damage
 from mergekit_pcb.host.checkpoints import loaders, tied, tokenizer_files
-from mergekit_pcb.host.groups import aligned, check_shapes, is_infinite
+from mergekit_pcb.host.groups import aligned, check_shapes, is_infinite, refuse_other_buffers
 from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.parameters import MODEL
 from mergekit_pcb.host.plan import Plan, sources_of
@@ -169,11 +169,12 @@ def group_of(task: ExecuteMergeMethodTask, tensors: Tensors) -> TensorGroup:
 
 
 def refuse_unmergeable(task: ExecuteMergeMethodTask, group: TensorGroup) -> None:
-    """Raise :class:`PCBError` for a tensor without a base, or of different shapes."""
+    """Raise :class:`PCBError` without a base, for other shapes, and for integers that differ."""
     ids = [entry.id for entry in group.entries]
     if len(ids) > 1 or not task.output_weight.optional:
         PCBMerge().validate_inputs(ids, task.base_model, group_name=task.output_weight.name)
     check_shapes(group)
+    refuse_other_buffers(group)
 
 
 def _vocabulary(load: Any, models: Sequence[Any]) -> str:

@@ -1,6 +1,6 @@
 """The mergekit method ``pcb``: groups of tensors and their parameters in, merged tensors out.
 
-mergekit calls it at two doors. In memory it brings all groups at once. In a graph it brings
+mergekit calls it in two ways. In memory it brings all groups at once. In a graph it brings
 one group a call, and what is known of the whole merge comes along as a parameter, put there
 by the node that was planned for it (``nodes.py``). Importing this module registers the method.
 It imports only what mergekit's registry has loaded, because it is imported while mergekit's

@@ -20,7 +20,7 @@ _WRAPPED = "collects_all_for_mergekit_pcb"
 
 
 class _EndOnceEmpty(threading.Event):
-    """The word to end, given once nothing is left to collect."""
+    """Set only once nothing is left to collect."""
 
     def __init__(self, results: queue.Queue[Any]) -> None:
         super().__init__()

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from mergekit.common import ImmutableMap
 from mergekit.graph import Task
-from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import ConfigDict
 
-from mergekit_pcb.errors import PCBError
 from mergekit_pcb.host.checkpoints import tied
-from mergekit_pcb.host.groups import check_shapes, is_constant, refuse_beyond
+from mergekit_pcb.host.groups import check_shapes, is_constant, refuse_beyond, refuse_other_buffers
 from mergekit_pcb.host.inputs import Inputs, Tensors, group_of
 from mergekit_pcb.host.kinds import Kind
 from mergekit_pcb.host.parameters import MODEL
@@ -79,7 +77,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
     ) -> torch.Tensor | None:
         group = group_of(self, tensors)
         check_shapes(group)
-        _refuse_other_buffers(group)
+        refuse_other_buffers(group)
         what_follows(self.gather_tensors)
         known = Known(
             models_of(self),
@@ -96,21 +94,6 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
         if merged is not None and not is_constant(group):
             refuse_beyond(self.plan.out_dtype, merged, self.output_weight.name)
         return merged
-
-
-def _refuse_other_buffers(group: TensorGroup) -> None:
-    """Refuse counters and masks that differ, in a sentence; mergekit's own error names no model."""
-    for first, other in zip(group.entries, group.entries[1:], strict=False):
-        one, two = first.tensor, other.tensor
-        if one.is_floating_point() and two.is_floating_point():
-            continue
-        if one.dtype != two.dtype or not torch.equal(one, two):
-            raise PCBError(
-                f"merge tensor {group.metadata.name}",
-                f"it holds other numbers or another dtype in {other.id} ({two.dtype}) than in "
-                f"{first.id} ({one.dtype}), and whole numbers are not merged",
-                "make them alike, or leave it out of the models",
-            )
 
 
 def nodes_of(plan: Plan) -> list[MergeTensor]:

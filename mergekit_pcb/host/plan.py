@@ -68,9 +68,9 @@ class Plan:
         self.tasks = tuple(tasks)
         self.options = options if isinstance(options, PlanOptions) else PlanOptions.of(options)
         #: What mergekit casts results to, if the configuration names it.
-        self.out_dtype = _dtype("out_dtype", out_dtype)
+        self.out_dtype = dtype_named("out_dtype", out_dtype)
         #: What inputs are cast to, if the configuration names it.
-        self.dtype = _dtype("dtype", _load_of(self.tasks[0]).dtype)
+        self.dtype = dtype_named("dtype", _load_of(self.tasks[0]).dtype)
         self._check_inputs()
         named = [(task.output_weight.name, values_of(task)) for task in self.tasks]
         self.scope = scope_of(named)
@@ -224,10 +224,11 @@ def _load_of(task: ExecuteMergeMethodTask) -> Any:
     return load
 
 
-def _dtype(field: str, name: str | None) -> torch.dtype | None:
+def dtype_named(field: str, name: Any) -> torch.dtype | None:
+    """What a field of a configuration says, if it says anything; raises :class:`PCBError`."""
     try:
         found: torch.dtype | None = dtype_from_name(name)
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         found, because = None, "mergekit knows no such dtype"
     else:
         because = "weights are no whole numbers"

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from mergekit import merge_methods
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
@@ -26,13 +25,12 @@ from mergekit.options import MergeOptions
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
 from mergekit_pcb.host import advice, damage, refined, vocabulary
+from mergekit_pcb.host.configuration import is_raw, named_models
 from mergekit_pcb.host.method import PCBMerge
 from mergekit_pcb.host.nodes import MergeTensor, nodes_of
 from mergekit_pcb.host.plan import Plan, PlanOptions
 from mergekit_pcb.host.prepared import Prepared
 
-#: Where configurations name models, and the paths of models and adapters.
-_NAMING = "model", "base_model", "lora", "path"
 _WRAPPED = "planned_by_mergekit_pcb"
 _TASK = {
     "method_name",
@@ -137,13 +135,12 @@ def _planned(tasks: Any, options: MergeOptions, configuration: Any) -> list[Merg
     return nodes_of(plan)
 
 
-def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
+def plan_without_merging(document: Any, options: MergeOptions) -> Plan:
     """Plan a merge as mergekit's commands do, and stop there.
 
-    ``configuration`` is YAML for ``mergekit-yaml`` or, where its base model is a file, for
+    ``document`` is a configuration of ``mergekit-yaml`` or, where its base model is a file, of
     ``mergekit-pytorch``.
     """
-    document = yaml.safe_load(configuration)
     if not isinstance(document, dict) or document.get("merge_method") != "pcb":
         raise PCBError(
             "look into this merge", "it does not use pcb", "write `merge_method: pcb` and a base"
@@ -170,59 +167,8 @@ def plan_without_merging(configuration: str, options: MergeOptions) -> Plan:
     return nodes[0].plan
 
 
-def is_raw(document: dict[str, Any]) -> bool:
-    """Whether a configuration is for mergekit-pytorch: the models it names are files."""
-    return any(seen(name, pathlib.Path.is_file) for name in named_models(document)[:2])
-
-
-def named_models(part: Any) -> list[str]:
-    """What a configuration, or a part of it, names as models and adapters, each once.
-
-    mergekit-pytorch takes the names of files as they are. All others may be `base+adapter`, and
-    each part may end in `@revision`, or be a mapping with its `path`.
-    """
-    found: list[str] = []
-    if isinstance(part, dict):
-        for name, value in part.items():
-            if name in _NAMING and isinstance(value, str):
-                if seen(value, pathlib.Path.is_file):
-                    found.append(value)
-                else:
-                    found += [name.partition("@")[0] for name in value.split("+")]
-            else:
-                found += named_models(value)
-    elif isinstance(part, list):
-        for value in part:
-            found += named_models(value)
-    return list(dict.fromkeys(found))
-
-
-def tokenizer_source(document: Any) -> list[str]:
-    """The model that a configuration takes the tokenizer of, if it names one."""
-    own = document if isinstance(document, dict) else {}
-    tokenizer = own.get("tokenizer")
-    source = tokenizer.get("source") if isinstance(tokenizer, dict) else own.get("tokenizer_source")
-    return [] if source in ("union", "base") else named_models({"model": source})
-
-
-def refuse_to_overwrite(output: pathlib.Path, config: pathlib.Path, document: Any) -> None:
-    """Refuse an output that is the configuration or lies in a model it names."""
-    target = output.resolve()
-    if target == config.resolve():
-        raise PCBError(f"write {output}", "it is the configuration itself", "name another file")
-    for name in [*named_models(document), *tokenizer_source(document)]:
-        if not seen(name):
-            continue
-        place = pathlib.Path(name).resolve()
-        if target == place or place in target.parents:
-            raise PCBError(
-                f"write {output}", f"it belongs to the model {name}", "name another file"
-            )
-
-
-def run(configuration: str, out: pathlib.Path, options: MergeOptions) -> None:
+def run(document: dict[str, Any], out: pathlib.Path, options: MergeOptions) -> None:
     """Run a whole merge in this process, as mergekit-yaml or mergekit-pytorch would."""
-    document = yaml.safe_load(configuration)
     with damage.named(named_models(document)):
         if is_raw(document):
             tasks = _raw_targets(document, str(out), options)

@@ -9,7 +9,7 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_pcb.core import merge, refine
-from mergekit_pcb.core.measure import Statistics, check_finite, measure_together
+from mergekit_pcb.core.measure import Statistics, check_finite, measure_tensor
 from mergekit_pcb.core.refine import Refinement, Spectrum
 from mergekit_pcb.core.vectors import Aligned, working_dtype
 from mergekit_pcb.errors import PCBError
@@ -90,7 +90,7 @@ def prepare(group: TensorGroup, parameters: Values) -> Prepared:
     if known.statistics is None:
         if parameters["scope"] == MODEL:  # an executor that dropped an argument
             raise not_planned("scope: model", group)
-        statistics = measure_together([flat], recipe_of(parameters, ids, positions))
+        statistics = measure_tensor(flat, recipe_of(parameters, ids, positions))
     else:
         if not known.measured:
             check_finite(flat)

@@ -70,9 +70,8 @@ def reuse(inputs: Inputs, path: pathlib.Path) -> Statistics:
 
 def measure_to_document(inputs: Inputs) -> Document:
     """Measure a plan, whatever ``statistics`` it names, and say what was found."""
-    _recipe_of(inputs)
-    inputs.refuse_unmergeable()
     wanted = _wanted(inputs)
+    inputs.refuse_unmergeable()
     before = wanted.marks()
     measured = _measure(inputs)
     document = statistics_file.compose(

@@ -153,7 +153,7 @@ def _refuse_other_names(model: torch.nn.Module, own: Sequence[str], parts: Contr
         )
     places = {*own, *(name for name, _ in model.named_buffers(remove_duplicate=False))}
     for name in parts[0]:
-        if name not in places and not name.endswith("_extra_state"):
+        if name not in places and any(bool(part[name].any()) for part in parts):
             raise PCBError(
                 f"adapt {type(model).__name__}",
                 f"it has no {name}, which base and experts have",

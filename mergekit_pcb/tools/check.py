@@ -15,7 +15,6 @@ from typing import Any
 import click
 import torch
 import yaml
-from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from mergekit.scripts import multimerge
 from pydantic import BaseModel
 
@@ -23,6 +22,7 @@ from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, 
 from mergekit_pcb.errors import PCBError, is_hosts, one_line
 from mergekit_pcb.files import size
 from mergekit_pcb.host import advice, refined, whole_model
+from mergekit_pcb.host.configuration import filters
 from mergekit_pcb.host.inputs import Inputs, group_of, refuse_unmergeable
 from mergekit_pcb.host.parameters import MODEL
 from mergekit_pcb.host.plan import Plan, PlanOptions
@@ -35,7 +35,6 @@ from mergekit_pcb.tools.check_text import (
     check_names,
     check_paths,
     entries,
-    filters,
 )
 
 #: How often measuring reads the checkpoints, and how often at most where it runs on a GPU.
@@ -108,7 +107,7 @@ def check(text: str, options: Any) -> Report:
     if several and not report.errors:
         _check_stages(report, text, options)
     elif not report.errors:
-        _look(report, text, documents[0], options)
+        _look(report, documents[0], options)
     return report
 
 
@@ -123,13 +122,13 @@ def _check_stages(report: Report, text: str, options: Any) -> None:
         report.error("stages", f"mergekit-multi cannot run them: {one_line(error)}")
 
 
-def _look(report: Report, text: str, document: dict[str, Any], options: Any) -> None:
+def _look(report: Report, document: dict[str, Any], options: Any) -> None:
     """Plan the merge and look at the shapes and dtypes of its inputs."""
     check_paths(report, document)
     if report.errors > 0:
         return
     try:
-        plan = plan_without_merging(text, PlanOptions.of(options, advise=False, runs=False))
+        plan = plan_without_merging(document, PlanOptions.of(options, advise=False, runs=False))
         report.outlook = _outlook(report, plan, document)
     except click.ClickException as error:
         report.error("plan", error.format_message())
@@ -179,13 +178,9 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         except PCBError as error:
             report.error(name, error.format_message())
             continue
-        try:
-            if copy_non_floating_buffer(group.tensors, name) is not None:
-                continue
-        except ValueError:
-            report.error(name, "it holds integers that differ, which mergekit refuses")
-            continue
         tensor = group.entries[0].tensor
+        if not tensor.is_floating_point():
+            continue
         cast = plan.dtype or promoted(present.values())
         for model, own in present.items():
             if plan.dtype is not None and _precision(own.dtype) < _precision(plan.dtype):

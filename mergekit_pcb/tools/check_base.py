@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.files import listed
 from mergekit_pcb.host.inputs import Inputs
 from mergekit_pcb.host.plan import Plan
 
@@ -53,7 +54,7 @@ def remarks(inputs: Inputs, names: Sequence[str]) -> Iterator[str]:
         models = sorted({i for pair in alike for i in pair})
         sizes = [100 * norms[i - 1] / base for i in models] if base else [math.inf]
         yield (
-            f"the changes of {_list([names[i] for i in models])} point the same way (cosines from "
+            f"the changes of {listed([names[i] for i in models])} point the same way (cosines from "
             f"{min(alike.values()):.2f}, sizes from {min(sizes):.2g} % of the base's): either "
             f"{names[0]} is not the model they were trained from, such as a pretrained model under "
             "experts of its instruct version, or they are versions of one model; choose the base "
@@ -105,7 +106,3 @@ def _products(tensors: Iterator[Aligned]) -> torch.Tensor | None:
             rows = torch.stack([base, *(task - base for task in tasks)])
             total = rows @ rows.T if total is None else total + rows @ rows.T
     return total if total is not None and total.isfinite().all() else None
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -8,14 +8,12 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 import yaml
 from mergekit import merge_methods
 from mergekit._data import chat_templates
-from mergekit.common import dtype_from_name
 from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
@@ -23,15 +21,15 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
-from mergekit.merge_methods.base import ParameterSpec
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 from pydantic import BaseModel
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
+from mergekit_pcb.host.configuration import is_raw, named_models, scalars
 from mergekit_pcb.host.parameters import SPECS, ignored, suggestion
-from mergekit_pcb.host.planning import is_raw, named_models
+from mergekit_pcb.host.plan import dtype_named
 
 #: mergekit takes no shorter text for a chat template.
 SHORTEST_TEMPLATE = 20
@@ -104,9 +102,8 @@ def check_document(report: Findings, document: Any, prefix: str, *, several: boo
     _check_fields(report, told, f"{prefix}top level", {*kind.model_fields, "name"})
     _check_parameters(report, document, f"{prefix}parameters", per_model=False)
     for name in ("dtype", "out_dtype"):
-        chosen = _dtype_of(document.get(name))
-        if document.get(name) and (chosen is None or not chosen.is_floating_point):
-            report.error(prefix + name, f"{document[name]} is none; write float32 or bfloat16")
+        if complaint := _complaint(dtype_named, name, document.get(name) or None):
+            report.error(prefix + name, complaint)
     template = document.get("chat_template")
     if isinstance(template, str) and not raw and not _is_template(template):
         names = [name.removesuffix(".jinja") for name in _templates()]
@@ -219,7 +216,7 @@ def _check_parameters(
             report.error(where, wrong)
         else:
             spec = SPECS[name]
-            for complaint in filter(None, (_complaint(spec, v) for v in _scalars(setting))):
+            for complaint in filter(None, (_complaint(spec.validate, v) for v in scalars(setting))):
                 report.error(f"{where}.{name}", complaint)
 
 
@@ -235,35 +232,9 @@ def _is_template(told: str) -> bool:
     return len(told) >= SHORTEST_TEMPLATE and "{" in told
 
 
-def _complaint(spec: ParameterSpec, value: Any) -> str | None:
+def _complaint(look: Callable[..., Any], *given: Any) -> str | None:
     try:
-        spec.validate(value)
+        look(*given)
     except PCBError as error:
         return error.format_message()
     return None
-
-
-def _scalars(setting: Any) -> Iterator[Any]:
-    """The values of a setting: one, a gradient, or filters of either; what is shared, once."""
-    waiting, seen = [setting], set()
-    while waiting:
-        part = waiting.pop(0)
-        if not isinstance(part, (dict, list)):
-            yield part
-        elif id(part) not in seen:
-            seen.add(id(part))
-            waiting[:0] = part if isinstance(part, list) else [part.get("value")]
-
-
-def filters(setting: Any) -> Iterator[str]:
-    for part in setting if isinstance(setting, list) else [setting]:
-        if isinstance(part, dict) and part.get("filter") not in (None, "*"):
-            yield str(part["filter"])
-
-
-def _dtype_of(name: Any) -> torch.dtype | None:
-    try:
-        found: torch.dtype | None = dtype_from_name(name)
-    except (RuntimeError, AttributeError):
-        found = None
-    return found

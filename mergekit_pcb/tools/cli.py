@@ -133,9 +133,9 @@ def report(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...])
     figures.require_matplotlib()
     check_folder(output)
     host, text = merge_options(options), text_of(config)
-    document_in(text, config)
+    document = document_in(text, config)
     with explained(f"merge {config}"):
-        found = report.observe(text, host)
+        found = report.observe(text, document, host)
     rows, remarks = report.summary(found), report.remarks(found)
     files = report.write(found, page.page(found, rows, remarks), output)
     for line in [*report.aligned(rows), *remarks, ", ".join(map(str, files))]:
@@ -160,10 +160,10 @@ def measure(config: pathlib.Path, output: pathlib.Path, options: tuple[str, ...]
     from mergekit_pcb.host import planning, whole_model
     from mergekit_pcb.host.inputs import Inputs
 
-    text, _ = document_for(config, output)
+    configuration = document_for(config, output)
     host = merge_options(options)
     with explained(f"measure {config}", "correct it, or the options"):
-        plan = planning.plan_without_merging(text, host)
+        plan = planning.plan_without_merging(configuration, host)
         document = whole_model.measure_to_document(Inputs(plan))
     document.write(output)
     click.echo(

@@ -50,15 +50,14 @@ def explained(what: str, remedy: str = "see `mergekit-pcb check`") -> Iterator[N
         raise PCBError(what, one_line(error), remedy) from None
 
 
-def document_for(config: pathlib.Path, output: pathlib.Path) -> tuple[str, Any]:
-    """A configuration as text and as what that says, if the output may be written beside it."""
-    from mergekit_pcb.host import planning
+def document_for(config: pathlib.Path, output: pathlib.Path) -> Any:
+    """What a configuration says, if the output may be written beside it."""
+    from mergekit_pcb.host.configuration import refuse_to_overwrite
 
     check_target(output)
-    text = text_of(config)
-    document = document_in(text, config)
-    planning.refuse_to_overwrite(output, config, document)
-    return text, document
+    document = document_in(text_of(config), config)
+    refuse_to_overwrite(output, config, document)
+    return document
 
 
 def document_in(text: str, config: pathlib.Path) -> Any:

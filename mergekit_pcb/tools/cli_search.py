@@ -18,6 +18,7 @@ from mergekit_pcb.tools.cli_options import (
     merge_options,
     output_option,
 )
+from mergekit_pcb.tools.search_space import BOUNDS, CHOICES
 
 
 def _numbers(_: Any, __: Any, text: str | None) -> tuple[int, ...]:
@@ -60,17 +61,17 @@ def _numbers(_: Any, __: Any, text: str | None) -> tuple[int, ...]:
     "--search",
     "searched",
     multiple=True,
-    type=click.Choice(["weight", "lambda", "density", "anchor", "refine"]),
+    type=click.Choice([*BOUNDS, *CHOICES]),
     default=("weight",),
     help="What to search, in place of weight; may be given several times.",
 )
 @click.option(
     "--bounds",
     multiple=True,
-    type=(click.Choice(["weight", "lambda", "density", "anchor"]), float, float),
+    type=(click.Choice(list(BOUNDS)), float, float),
     metavar="NAME LOW HIGH",
-    help="Of what is searched, as in `lambda 0.2 1.5`. Default: weight 0.5 3, lambda 0.5 2.5, "
-    "density and anchor 0.01 1.",
+    help="Of what is searched, as in `lambda 0.2 1.5`. Default: "
+    f"{', '.join(f'{name} {low:g} {high:g}' for name, (low, high) in BOUNDS.items())}.",
 )
 @click.option("--minimize", is_flag=True, help="Lower scores are better.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
@@ -123,7 +124,7 @@ def search(
     from mergekit_pcb.tools import search_files, search_job
     from mergekit_pcb.tools.search_scores import Score
 
-    _, document = document_for(config, output)
+    document = document_for(config, output)
     host = merge_options(options)
     job = search_job.Job(
         configuration=document if isinstance(document, dict) else {},

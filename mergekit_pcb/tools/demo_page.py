@@ -19,7 +19,7 @@ from mergekit_pcb.tools.demo_folder import (
     Row,
     Schedule,
 )
-from mergekit_pcb.tools.figures import COLOURS, blank
+from mergekit_pcb.tools.figures import COLOURS, blank, can_draw
 
 _BAR, _NAME = 40, 20  # characters
 
@@ -116,9 +116,7 @@ def _writes(character: str) -> bool:
 
 def draw(results: Results, directory: pathlib.Path) -> pathlib.Path | None:
     """The same as a picture beside the results; none where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not can_draw():
         return None
     figure, axis = blank(0.36 * len(results.rows) + 1.2)
     kinds = {"base": COLOURS[-1], "expert": COLOURS[0], "merge": COLOURS[2]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,16 @@ WIDTH = 9.0  # inches; the page scales pictures to its width
 MARKERS = "os^Dv*"
 
 
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def require_matplotlib() -> None:
     """Refuse to begin where pictures could not be drawn in the end."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not can_draw():
         raise PCBError(
             "draw a report", "the package matplotlib is missing", "pip install matplotlib"
-        ) from None
+        )
 
 
 def part(part: float, whole: float) -> float:

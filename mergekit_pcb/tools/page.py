@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mergekit_pcb.files import listed
 from mergekit_pcb.tools import figures
 from mergekit_pcb.tools.counts import Report, percent
 
@@ -89,21 +90,16 @@ def page(report: Report, table: Sequence[Sequence[str]], remarks: Sequence[str])
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
+    models = report.tasks
+    named = listed(models) if len(models) <= 4 else f"{len(models)} models"
     return pages.get_template("report.html.jinja").render(
-        title=f"PCB-Merging of {_list(report.tasks)}",
+        title=f"PCB-Merging of {named}",
         report=report,
         cards=cards,
         table=table,
         remarks=remarks,
         pictures=pictures,
     )
-
-
-def _list(names: Sequence[str]) -> str:
-    if len(names) > 4:
-        return f"{len(names)} models"
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _count(number: int) -> str:

@@ -29,9 +29,12 @@ from mergekit_pcb.tools.counts import (
 )
 
 
-def observe(configuration: str, options: Any) -> Report:
-    """Count over a whole configuration; shows a progress bar on a terminal, unless quiet."""
-    plan = plan_without_merging(configuration, options)
+def observe(text: str, document: Any, options: Any) -> Report:
+    """Count over a configuration, given as text and as what that says.
+
+    Shows a progress bar on a terminal, unless quiet.
+    """
+    plan = plan_without_merging(document, options)
     models = list(dict.fromkeys(model for task in plan.tasks for model in models_of(task)))
     places = {
         task.output_weight.name: [models.index(model) for model in models_of(task)]
@@ -52,7 +55,7 @@ def observe(configuration: str, options: Any) -> Report:
         )
     return Report(
         version=mergekit_pcb.__version__,
-        configuration=configuration,
+        configuration=text,
         scope=plan.scope,
         tasks=short_names([str(model) for model in models]),
         tensors=counter.found,

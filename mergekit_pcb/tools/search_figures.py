@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import written_whole
-from mergekit_pcb.tools.figures import COLOURS, blank, require_matplotlib
+from mergekit_pcb.tools.figures import COLOURS, blank, can_draw
 from mergekit_pcb.tools.search_space import Found, Trial, require_optuna, without_remarks
 
 if TYPE_CHECKING:
@@ -124,12 +123,10 @@ def _columns(scores: Sequence[Sequence[float]], i: int, j: int) -> tuple[list[fl
 
 
 def _can_draw() -> bool:
-    try:
-        require_matplotlib()
-    except PCBError:
+    found = can_draw()
+    if not found:
         tqdm.write("no pictures: pip install matplotlib")
-        return False
-    return True
+    return found
 
 
 def _save(figure: Any, file: pathlib.Path) -> None:

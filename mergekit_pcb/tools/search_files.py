@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import short_names, write_text
-from mergekit_pcb.host.planning import named_models
+from mergekit_pcb.host.configuration import named_models
 from mergekit_pcb.tools import search_figures
 from mergekit_pcb.tools.search_job import Job, configured, space_of
 from mergekit_pcb.tools.search_merges import Merges, written
@@ -141,7 +141,7 @@ class _Workers:
         try:
             self._patiently(lambda: self._study.tell(claim, scores, error, seconds))
         except PCBError as failure:
-            number, (_, because, remedy) = claim.trial.number + 1, failure.beats
+            number, (_, because, remedy) = claim.trial.number + 1, failure.parts
             what = f"write down that trial {number} scored {scores}"
             raise PCBError(what, because, remedy) from None
 

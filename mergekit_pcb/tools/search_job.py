@@ -14,13 +14,13 @@ from typing import Any
 
 from mergekit_pcb.errors import PCBError
 from mergekit_pcb.files import seen
+from mergekit_pcb.host.configuration import named_models, tokenizer_source
 from mergekit_pcb.host.parameters import SPECS
-from mergekit_pcb.host.planning import named_models, tokenizer_source
 from mergekit_pcb.tools.search_scores import Score
 from mergekit_pcb.tools.search_space import BOUNDS, CHOICES, Bounds, Shared, Space
 
 #: What can be searched beside the weights.
-SHARED = "lambda", "density", "anchor", "refine"
+SHARED = tuple(name for name in (*BOUNDS, *CHOICES) if name != "weight")
 #: Beside the best configuration: the work, a front, a picture.
 TAKEN = (".search", ".front", ".png")
 #: Files of a model that mergekit and transformers read.
@@ -114,7 +114,7 @@ class Job:
                 )
 
     def digest(self) -> str:
-        """Of everything that a log belongs to; a larger budget goes on with the same."""
+        """Of everything that a study belongs to; a larger budget goes on with the same."""
         bounds = {**BOUNDS, **self.bounds}
         told = [self.configuration, self.command, self.searched, self.seed]
         told += [{name: bounds[name] for name in self.searched if name in bounds}]
@@ -174,17 +174,14 @@ def space_of(job: Job) -> Space:
 
     def number(name: str, values: dict[str, Any]) -> float | str:
         value = values.get(name, common.get(name, SPECS[name].default))
-        if name in CHOICES and value in CHOICES[name]:
-            return str(value)
-        if isinstance(value, str):  # a number that YAML takes for text: 1e-1
-            value = SPECS[name].validate(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, (list, dict)):
             raise PCBError(
                 f"search {name}",
                 f"the configuration gives it filters or a gradient ({value!r})",
                 f"give {name} one value to start from",
             )
-        return float(value)
+        found: float | str = SPECS[name].validate(value)
+        return found
 
     shared = []
     if "density" in job.searched and common.get("statistics"):

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -106,7 +105,7 @@ class Merges:
             else:
                 changed = configured(self._job.configuration, weights, shared)
                 with self._merging, self._failing_alone(start):
-                    self._merge(changed, folder, self._options)
+                    planning.run(changed, folder, self._options)
         return folder
 
     @contextlib.contextmanager
@@ -128,8 +127,7 @@ class Merges:
 
     def _refuse_without_room(self, *, measured: bool) -> None:
         """Say what the search takes on disk, and refuse where there is less."""
-        text = yaml.safe_dump(self._job.configuration, sort_keys=False)
-        plan = planning.plan_without_merging(text, self._options)
+        plan = planning.plan_without_merging(self._job.configuration, self._options)
         parts = model = 0
         for _, tensors in Inputs(plan).shapes():
             present = [tensor for tensor in tensors.values() if tensor is not None]
@@ -152,9 +150,6 @@ class Merges:
                 "make room, name another folder with --work, or lower --jobs",
             )
         tqdm.write(f"on disk: {each}")
-
-    def _merge(self, configuration: dict[str, Any], out: pathlib.Path, options: Any) -> None:
-        planning.run(yaml.safe_dump(configuration, sort_keys=False), out, options)
 
     def _measure(self) -> None:
         """Merge once, keeping what each task contributes."""
@@ -182,7 +177,7 @@ class Merges:
             save_file(state, self._parts / file)
 
         observed = PlanOptions.of(self._options, observe=keep)
-        self._merge(self._job.configuration, self._skeleton, observed)
+        planning.run(self._job.configuration, self._skeleton, observed)
         stored = {
             "format": FORMAT,
             "generator": GENERATOR,

@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict
-
 from mergekit_pcb.errors import PCBError
 
 Bounds = Mapping[str, tuple[float, float]]
@@ -33,15 +30,14 @@ class EvaluationError(Exception):
     """An evaluation failed; the search goes on."""
 
 
-class Trial(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Trial:
     """One point that was tried; the scores are missing where the evaluation failed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     trial: int
     weights: list[float]
     #: What else is searched: ``lambda``, ``density``, ``anchor``, ``refine``.
-    shared: Shared = {}
+    shared: Shared = field(default_factory=dict)
     scores: list[float] | None
     error: str | None = None
     seconds: float
@@ -67,7 +63,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: where it starts, and between which bounds; no weights: not those."""
+    """What is searched: where it starts, and between which bounds.
+
+    ``weights`` are empty where they are not searched.
+    """
 
     weights: tuple[float, ...]
     shared: tuple[tuple[str, float | str], ...] = ()
@@ -161,6 +160,8 @@ def sampler(space: Space, seed: int, scores: int = 1) -> Any:
                 return optuna.samplers.CmaEsSampler(
                     x0=start, sigma0=STEP, seed=seed, n_startup_trials=0
                 )
+            import numpy as np  # not for --help
+
             own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
             return optuna.samplers.TPESampler(
                 multivariate=True, constant_liar=True, n_startup_trials=len(axes) + 3, seed=own

@@ -111,12 +111,6 @@ def refuse_other_folders(folder: pathlib.Path, storage: str | None) -> None:
     if storage is not None and storage.startswith("sqlite"):
         database = storage.partition("?")[0].rpartition("/")[2]
         names -= {database + end for end in ("", "-journal", "-wal", "-shm")}
-    if "trials.jsonl" in names:
-        raise PCBError(
-            f"go on with the search in {folder}",
-            "an earlier version began it, whose log Optuna cannot read",
-            "name another folder with --work, or remove that one",
-        )
     # Models are called "merged" elsewhere, too; these are a search's alone.
     own = _OWN if names & {WORKERS, JOURNAL, IDENTITY} else set()
     other = sorted(name for name in names if name.removesuffix(".lock") not in own)
