@@ -91,19 +91,7 @@ def contributions(
     is logged. Returns a state dict per expert, float32 (float64 for float64 inputs), of the
     tensors' shapes, outside of autograd. Raises :class:`~mergekit_pcb.errors.PCBError`.
     """
-    one = isinstance(experts, torch.nn.Module) and not isinstance(experts, torch.nn.ModuleList)
-    if one or isinstance(experts, Mapping):
-        raise PCBError("merge with pcb", "experts is one model", "give a list of models")
-    experts = list(experts)
-    if not experts:
-        raise PCBError("merge with pcb", "there is no expert", "give at least one")
-    for name, value in (("density", density), ("dare_density", dare_density)):
-        if isinstance(value, (list, tuple)) and len(value) != len(experts):
-            raise PCBError(
-                f"use {len(value)} values of {name}",
-                f"there are {len(experts)} experts",
-                "give one for each",
-            )
+    experts = _listed(experts, density=density, dare_density=dare_density)
     states = [_state_dict(model) for model in (base, *experts)]
     _refuse_other_tensors(states)
     tied = _tied(states)
@@ -197,20 +185,8 @@ def combine(
     for name in names:
         if name in contributions.tied:
             continue
-        row = weights[name] if isinstance(weights, Mapping) else weights
-        if not hasattr(row, "__len__") or (isinstance(row, torch.Tensor) and not row.ndim):
-            raise PCBError(
-                f"combine {len(contributions)} contributions",
-                f"{row!r} is one weight, and each contribution has one",
-                "give a sequence of weights",
-            )
-        if len(row) != len(contributions) or getattr(row, "ndim", 1) > 1:
-            raise PCBError(
-                f"combine {len(contributions)} contributions with "
-                f"{' × '.join(map(str, getattr(row, 'shape', [len(row)])))} weights",
-                "each contribution has one",
-                "give as many weights",
-            )
+        own = weights[name] if isinstance(weights, Mapping) else weights
+        row = _weights_of(own, contributions)
         parts = [part[name] for part in contributions]
         delta = sum(
             (weight * part for weight, part in zip(row, parts, strict=True)),
@@ -234,6 +210,31 @@ def combine(
     for name, first in contributions.tied.items():
         merged[name] = merged[first]
     return merged
+
+
+def _listed(experts: Sequence[Model], **of_each: float | Sequence[float]) -> list[Model]:
+    """The experts, if they are several and so are the values that each has."""
+    one = isinstance(experts, torch.nn.Module) and not isinstance(experts, torch.nn.ModuleList)
+    if one or isinstance(experts, Mapping):
+        raise PCBError("merge with pcb", "experts is one model", "give a list of models")
+    found = list(experts)
+    if not found:
+        raise PCBError("merge with pcb", "there is no expert", "give at least one")
+    for name, value in of_each.items():
+        if isinstance(value, (list, tuple)) and len(value) != len(found):
+            what, why = f"use {len(value)} values of {name}", f"there are {len(found)} experts"
+            raise PCBError(what, why, "give one for each")
+    return found
+
+
+def _weights_of(row: Any, contributions: Contributions) -> Any:
+    """The weights of one tensor, if each contribution has one."""
+    shape = tuple(getattr(row, "shape", (len(row),) if hasattr(row, "__len__") else ()))
+    if shape != (len(contributions),):
+        shown = " × ".join(map(str, shape)) or "one"
+        what = f"combine {len(contributions)} contributions with {shown} weights"
+        raise PCBError(what, "each contribution has one", "give a sequence of as many")
+    return row
 
 
 def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:

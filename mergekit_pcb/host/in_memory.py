@@ -71,21 +71,12 @@ def in_memory(
         recipe = one_recipe(list(zip(names, recipes, strict=True)))
         with explained_for(groups[0], of_whole_model=True):
             statistics = _measured(groups, dtypes, recipe, further)
-    chosen = {
+    dimensions = {
         name: group.entries[0].tensor.ndim
         for name, group, values in zip(names, groups, parameters, strict=True)
         if refines(values)
     }
-    if kinds is None:
-        kinds = dict.fromkeys(names, Kind.ASSUMED)
-        if matrices := [name for name, dimensions in chosen.items() if dimensions == 2]:
-            LOG.warning(assumed(matrices, "nothing is known of tensors in memory but their shapes"))
-    elif unknown := [
-        name
-        for name, dimensions in chosen.items()
-        if dimensions > 1 and kinds.get(name, Kind.UNKNOWN) is Kind.UNKNOWN
-    ]:
-        LOG.warning(unrefined(unknown))
+    kinds = _known_kinds(names, kinds, dimensions)
     measured = statistics is not None
     found = []
     for number, (name, values, tasks) in enumerate(zip(names, parameters, ids, strict=True)):
@@ -99,6 +90,27 @@ def in_memory(
         )
         found.append({**values, KNOWN: known})
     return found
+
+
+def _known_kinds(
+    names: Sequence[str], kinds: Mapping[str, Kind] | None, dimensions: Mapping[str, int]
+) -> Mapping[str, Kind]:
+    """The kinds, assumed where there are none; says what that means for tensors to be refined.
+
+    ``dimensions`` are theirs.
+    """
+    if kinds is None:
+        if matrices := [name for name, count in dimensions.items() if count == 2]:
+            LOG.warning(assumed(matrices, "nothing is known of tensors in memory but their shapes"))
+        return dict.fromkeys(names, Kind.ASSUMED)
+    unknown = [
+        name
+        for name, count in dimensions.items()
+        if count > 1 and kinds.get(name, Kind.UNKNOWN) is Kind.UNKNOWN
+    ]
+    if unknown:
+        LOG.warning(unrefined(unknown))
+    return kinds
 
 
 def _measured(

@@ -86,21 +86,7 @@ def adamerge(
     tied = further_names({name: id(parameter) for name, parameter in own.items()})
     held = model.named_buffers(remove_duplicate=False)
     further = further_names({name: id(buffer) for name, buffer in held})
-    start = float(start)
-    device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
-
-    def begin() -> torch.Tensor:
-        shape, own_kind = (len(parts),), torch.float32
-        return torch.full(shape, start, dtype=own_kind, device=device, requires_grad=True)
-
-    coefficients: torch.Tensor | dict[str, torch.Tensor]
-    if granularity == "task":
-        coefficients = begin()
-        trained = [coefficients]
-    else:
-        coefficients = {name: begin() for name in parts[0] if name not in parts.tied}
-        trained = list(coefficients.values())
-        coefficients |= {name: coefficients[first] for name, first in parts.tied.items()}
+    coefficients, trained = _coefficients(parts, float(start), each=granularity == "layer")
     optimiser = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
     entropies: list[float] = []
     steps = [batch for _ in range(epochs) for batch in kept]
@@ -140,6 +126,23 @@ def adamerge(
     else:
         found = coefficients.detach()
     return Adapted(found, merged, entropies)
+
+
+def _coefficients(
+    parts: Contributions, start: float, *, each: bool
+) -> tuple[torch.Tensor | dict[str, torch.Tensor], list[torch.Tensor]]:
+    """A row for all tensors, or for each, by its name; and all rows that there are."""
+    device = next(iter(parts[0].values())).device if parts[0] else torch.device("cpu")
+
+    def begin() -> torch.Tensor:
+        shape, own_kind = (len(parts),), torch.float32
+        return torch.full(shape, start, dtype=own_kind, device=device, requires_grad=True)
+
+    if not each:
+        row = begin()
+        return row, [row]
+    rows = {name: begin() for name in parts[0] if name not in parts.tied}
+    return rows | {name: rows[first] for name, first in parts.tied.items()}, list(rows.values())
 
 
 def _refuse_other_names(model: torch.nn.Module, own: Sequence[str], parts: Contributions) -> None:

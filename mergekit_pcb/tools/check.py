@@ -198,24 +198,10 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         if need > peak:
             peak, largest = need, name
     if rounded:
-        model, dtype = next(iter(rounded.items()))
-        others = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
-        asked, wide = document["dtype"], "float32"
-        if "float64" in rounded.values():
-            wide = "float64"
-        report.warn(
-            "dtype",
-            f"{asked} rounds the {dtype} values of {model}{others} before they are subtracted, and "
-            f"task vectors are small differences; set dtype: {wide} and out_dtype: {asked}",
-        )
+        report.warn("dtype", _rounding(rounded, document["dtype"]))
     if partly:
-        more = f" and {len(partly) - 1} more" if len(partly) > 1 else ""
-        refused = (
-            "; mergekit-pytorch refuses that without --tensor-union or --tensor-intersection"
-            if plan.is_raw and not plan.options.tensor_union
-            else ""
-        )
-        report.warn("tensors", f"not every model has {partly[0]}{more}{refused}")
+        refused = plan.is_raw and not plan.options.tensor_union
+        report.warn("tensors", _partly_there(partly, refused=refused))
     device = plan.device if plan.device_is_there else torch.device("cpu")
     return Outlook(
         scope=plan.scope,
@@ -232,6 +218,23 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         refined_flops=operations,
         refined_seconds=operations / _flops_per_second(device) if operations else 0.0,
     )
+
+
+def _rounding(models: dict[str, str], asked: str) -> str:
+    """``models`` are those that the dtype ``asked`` for rounds, with their own."""
+    model, dtype = next(iter(models.items()))
+    others = f" and {len(models) - 1} more" if len(models) > 1 else ""
+    wide = "float64" if "float64" in models.values() else "float32"
+    return (
+        f"{asked} rounds the {dtype} values of {model}{others} before they are subtracted, and "
+        f"task vectors are small differences; set dtype: {wide} and out_dtype: {asked}"
+    )
+
+
+def _partly_there(tensors: Sequence[str], *, refused: bool) -> str:
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    remedy = "; mergekit-pytorch refuses that without --tensor-union or --tensor-intersection"
+    return f"not every model has {tensors[0]}{more}{remedy if refused else ''}"
 
 
 def _kept(plan: Plan) -> dict[str, Kept]:
