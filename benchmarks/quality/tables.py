@@ -180,6 +180,7 @@ def _tables(records: Sequence[Record]) -> Iterable[str]:
             yield f"\n### Elsewhere: {ELSEWHERE[name]}\n"
             yield from _beside(own, first.metric, lambda row: row.elsewhere)
         yield "\n### What the searches chose\n"
+        yield from _gains_of_searches(own)
         yield from _choices(own)
     yield ""
 
@@ -420,6 +421,23 @@ def _choices(records: Sequence[Record]) -> Iterable[str]:
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _gains_of_searches(records: Sequence[Record]) -> Iterable[str]:
+    """What settings gained that searches put in the place of the first."""
+    both = [pair for one in records for pair in zip(one.first, one.searched, strict=True)]
+    gains = [
+        (found.validation - first.validation, _average(found) - _average(first))
+        for first, found in both
+        if found.knobs != first.knobs
+    ]
+    if gains:
+        scale, unit = (100, "points") if records[0].metric == "accuracy" else (1, "nats")
+        chosen, tested = (scale * statistics.median(own) for own in zip(*gains, strict=True))
+        better = sum(gain > 0 for _, gain in gains)
+        yield f"{len(gains)} of {len(both)} searches left the first setting. At the median that"
+        yield f"gained {chosen:.3f} {unit} on validation data and {tested:.3f} on test data, where"
+        yield f"{better} of them gained anything.\n"
 
 
 def _average(row: Row) -> float:
