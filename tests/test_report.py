@@ -86,6 +86,7 @@ def test_what_is_counted(tmp_path, family, dare):
             assert found[conflicts] == pytest.approx(int(((up > 0) & (down > 0)).sum()), abs=2)
     for path in family[1:]:
         assert path.name in said
+    assert ("those of what DARE leaves" in said) == (dare < 1)
 
 
 def test_the_tables_agree(tmp_path, family):

@@ -274,6 +274,11 @@ def test_weights_that_are_not_searched_stay_as_configured(place):
         ({"base_model": "./nowhere"}, [], "cannot merge"),
         ({"parameters": ["weight"]}, [], "its parameters are no mapping"),
         ({}, ["--bounds", "weight", "2", "1"], "2 and 1 bound nothing to search"),
+        (
+            {},
+            ["--bounds", "weight", "0.5", "1", "--bounds", "weight", "0.5", "2"],
+            "--bounds names one parameter twice",
+        ),
         ({}, ["--bounds", "weight", "0.5", "inf"], "0.5 and inf bound nothing to search"),
         ({}, ["--evaluate", "score"], "the command does not name the model"),
         ({}, ["-o", "/nowhere/best.yml"], "/nowhere is no folder to write to"),

@@ -99,8 +99,7 @@ class MergeTensor(ExecuteMergeMethodTask, Task[torch.Tensor]):
 def nodes_of(plan: Plan) -> list[MergeTensor]:
     """A node for every tensor of a plan, in its order."""
     shapes = plan.known_shapes if plan.kinds else {}
-    thinned = any(min(values["dare_density"].values()) < 1 for values in plan.values())
-    ties = tied(plan) if thinned or plan.scope == MODEL else {}
+    ties = tied(plan) if plan.thins or plan.scope == MODEL else {}
     measuring = MeasureModel(plan=plan, tokenizer=plan.tokenizer) if plan.scope == MODEL else None
     return [
         MergeTensor.model_construct(

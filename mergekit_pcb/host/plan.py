@@ -166,6 +166,11 @@ class Plan:
     def values(self) -> Iterator[Values]:
         return map(values_of, self.tasks)
 
+    @property
+    def thins(self) -> bool:
+        """Whether DARE drops elements of any task vector."""
+        return any(min(values["dare_density"].values()) < 1 for values in self.values())
+
     def _check_inputs(self) -> None:
         """Refuse tensors of which mergekit's plan loads fewer models than it names.
 

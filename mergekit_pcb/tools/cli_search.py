@@ -143,6 +143,8 @@ def search(
         storage=storage,
         host={name: getattr(host, name) for name in search_job.HOST},
     )
+    if len(job.bounds) < len(bounds):
+        raise PCBError("search", "--bounds names one parameter twice", "name each once")
     job.check()
     with explained(f"merge {config}"):
         result = search_files.run(job, host)

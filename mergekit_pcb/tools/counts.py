@@ -125,6 +125,8 @@ class Report(BaseModel):
     configuration: str
     scope: str
     tasks: list[str]
+    #: Whether DARE thinned the task vectors that are counted.
+    thinned: bool
     #: By tensor name, in the order of merging.
     tensors: dict[str, TensorCounts]
 

@@ -58,6 +58,7 @@ def observe(text: str, document: Any, options: Any) -> Report:
         configuration=text,
         scope=plan.scope,
         tasks=short_names([str(model) for model in models]),
+        thinned=plan.thins,
         tensors=counter.found,
     )
 
@@ -105,6 +106,7 @@ def remarks(report: Report) -> list[str]:
     else:  # refined, or lambda or weights are 0
         several = [kept, f"of what the tasks keep, {by_tasks}"]
     return [
+        *["what changes, norms and conflicts are those of what DARE leaves"] * report.thinned,
         *["what is kept, shares and conflicts are those of PCB's merge, before refine"]
         * bool(total.refined),
         *several,
