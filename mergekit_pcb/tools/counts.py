@@ -126,7 +126,7 @@ class Report(BaseModel):
     scope: str
     tasks: list[str]
     #: Whether DARE thinned the task vectors that are counted.
-    thinned: bool
+    thinned: bool = False
     #: By tensor name, in the order of merging.
     tensors: dict[str, TensorCounts]
 
