@@ -167,6 +167,7 @@ def alternate_commands(
         for name, command in commands.items():
             before()
             found = run_command(command)
+            click.echo(f"turn {turn} of {runs}: {name}, {found.seconds:.1f} s", err=True)
             if turn:
                 taken[name].append(found)
     return taken

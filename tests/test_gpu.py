@@ -14,7 +14,7 @@ from checkpoints import configuration, merge, save_family, tensors, tiny_llama
 from conftest import ON_GPU, pieces
 from test_fused import ADVERSARIAL, inputs, merged
 
-from mergekit_pcb.core import dare, formulas, fused, gpu, measure, ranks, rehearsal
+from mergekit_pcb.core import cells, dare, formulas, fused, gpu, measure, ranks, rehearsal
 from mergekit_pcb.core.measure import NotFiniteError, OutOfRangeError
 from mergekit_pcb.core.merge import delta
 from mergekit_pcb.core.merge import merge as pcb_merge
@@ -111,13 +111,20 @@ def test_tensors_of_few_blocks(size):
 
 
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("kept", [None, 3])
-def test_more_than_a_walk_can_keep_is_counted_by_another(together, kept, monkeypatch):
+@pytest.mark.parametrize("room", [1500, 3])
+def test_more_than_a_walk_can_keep_is_counted_by_another(together, room, monkeypatch):
     base, models = inputs(torch.float32, 1500, 2)
     with pieces(5):  # guesses, and few cells
-        if kept is not None:
-            monkeypatch.setattr(gpu, "KEPT_ELEMENTS", kept)
+        made = []
+
+        def keep(low, high, _, device):
+            made.append(cells.Kept(low, high, room, device))
+            return made[-1]
+
+        monkeypatch.setattr(ranks, "Kept", keep)
         assert_same(base, models, together=together, clip=0.05)
+    assert made
+    assert any(int(own.fills.amax()) > own.room for own in made) == (room == 3)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +233,20 @@ def test_kernels_are_rehearsed_on_every_way_through_them(kind, monkeypatch):
     def walk(aligned):
         return gpu.OnGPU(aligned, gpu_kernels)
 
-    kept = []
-    absorb = ranks.OrderStatistic.absorb
-    monkeypatch.setattr(
-        ranks.OrderStatistic, "absorb", lambda *given: kept.append(given) or absorb(*given)
-    )
+    counted = {cells.Cells: 0, cells.Kept: 0}
+    there = ranks.OrderStatistic.there
+
+    def seen(*given):
+        found = there(*given)
+        counted[type(found)] += 1
+        return found
+
+    monkeypatch.setattr(ranks.OrderStatistic, "there", seen)
     with pieces(5):
         rehearsal.walks(walk, DEVICE.type, kind)
-    assert kept
+    assert all(counted.values())
     with monkeypatch.context() as patch:
-        patch.setattr(gpu._Line, "saw", lambda own, *_: setattr(own, "done", True))
+        patch.setattr(gpu, "_fences", lambda _: (math.inf, math.inf, 0.0))
         with pytest.raises((RuntimeError, ValueError)):
             rehearsal.walks(walk, DEVICE.type, kind)
     monkeypatch.setattr(gpu, "table", lambda *given: numpy.ones_like(formulas.table(*given)))

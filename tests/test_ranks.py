@@ -216,7 +216,7 @@ def test_an_accelerator_counts_what_the_cpu_counts():
     counted = Cells(low, high, torch.float32, values.device)
     for part in values.split(97):
         counted.add_all(part, tied=True)
-    found = counted.settle(2500)
+    found = counted.found(2500, counted.asked(2500).tolist())
     assert found.at_most == int((values <= low).sum())
     assert found.below == int((values < low).sum())
     assert found.inside == int(((values > low) & (values < high)).sum())

@@ -45,7 +45,7 @@ ARROWS = {
     "core.kernels": {"core.formulas", "core.intrinsics", "core.vectors"},
     "core.walks": {"core.intrinsics", "core.kernels", "core.ranks", "core.vectors"},
     "core.philox": {"core.dare", "core.intrinsics", "core.vectors"},
-    "core.gpu_kernels": {"core.formulas"},
+    "core.gpu_kernels": {"core.cells", "core.formulas"},
     "core.gpu_masks": {"core.dare"},
     "core.gpu": {
         "core.cells",

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 
-# Cells of a count: 8 MiB, and one cell per float32 pattern between close fences.
+# Cells of a count, 8 MiB: one cell per float32 pattern between close fences.
 CELLS = 1 << 20
+# So many times as many on an accelerator, where a second look costs more than they do.
+FINER_THERE = 4
+# What is kept is kept in so many parts, because programs would wait for each other at one counter.
+PARTS = 32
 # Values whose cells are made out at a time, for their integers take more room than they do.
 SLICE_ELEMENTS = 1 << 22
 # Many values that lie beyond the fences would wait for each other at a single counter.
@@ -43,29 +49,28 @@ class Cells:
         self, low: float | None, high: float | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._dtype, self._fences = dtype, (low, high)
-        self._first, self._last, self._shift = _span(low, high, dtype)
-        self._origin = self._first >> self._shift
-        self._cells = max(1, (self._last >> self._shift) - self._origin + 1)
+        #: The patterns strictly between the fences; those of a cell agree but for the last bits.
+        self.first, self.last = _span(low, high, dtype)
+        self.shift, most = 0, CELLS * (1 if device.type == "cpu" else FINER_THERE)
+        while (self.last >> self.shift) - (self.first >> self.shift) >= most:
+            self.shift += 1
+        self._origin = self.first >> self.shift
+        self._cells = max(1, (self.last >> self.shift) - self._origin + 1)
         size = self._cells + SPARE_CELLS
         self.counts = torch.zeros(size, dtype=torch.int64, device=device)
         #: Values at most and below the lower fence.
         self.beside = torch.zeros(2, dtype=torch.int64, device=device)
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """A value's pattern, shifted so far to the right, less the second number is its cell."""
-        return self._shift, self._origin
-
     def add(self, values: torch.Tensor) -> None:
         """Count values all of which lie strictly between the fences."""
-        cells = (_pattern(values) >> self._shift) - self._origin
+        cells = (_pattern(values) >> self.shift) - self._origin
         self.counts += torch.bincount(cells, minlength=len(self.counts))
 
     def add_all(self, values: torch.Tensor, *, tied: bool) -> None:
         """Count any values; ``tied`` says that those below the lower fence count by themselves."""
         low, high = self._fences
         for part in torch.split(values, SLICE_ELEMENTS):
-            cells = (_pattern(part) >> self._shift) - self._origin
+            cells = (_pattern(part) >> self.shift) - self._origin
             spare = _spare(len(part), part.device) + self._cells
             if low is not None:
                 above = part > low
@@ -77,15 +82,22 @@ class Cells:
                 cells = torch.where(part < high, cells, spare)
             self.counts.scatter_add_(0, cells, torch.ones_like(cells))
 
-    def settle(self, rank: int) -> Found:
-        """Where a rank among all values counted lies; waits for the device."""
+    def asked(self, rank: int) -> torch.Tensor:
+        """Where a rank among all values counted lies, in numbers that :meth:`found` reads.
+
+        They are on the device, which nobody waits for here.
+        """
         upto = self.counts[: self._cells].cumsum(0)
         cell = torch.searchsorted(upto, rank - self.beside[:1], right=True)
-        at_most, below, inside, place = torch.cat((self.beside, upto[-1:], cell)).tolist()
+        return torch.cat((self.beside, upto[-1:], cell))
+
+    def found(self, rank: int, numbers: Sequence[int]) -> Found:
+        """What the numbers say."""
+        at_most, below, inside, place = numbers
         if not at_most <= rank < at_most + inside:
             return Found(at_most, below, inside)
-        first = max(self._first, (self._origin + place) << self._shift)
-        last = min(self._last, ((self._origin + place + 1) << self._shift) - 1)
+        first = max(self.first, (self._origin + place) << self.shift)
+        last = min(self.last, ((self._origin + place + 1) << self.shift) - 1)
         if first == last:
             value = _value_of(first, self._dtype)
             return Found(at_most, below, inside, value, value, exact=True)
@@ -93,17 +105,45 @@ class Cells:
         return Found(at_most, below, inside, low, high)
 
 
-def _span(low: float | None, high: float | None, dtype: torch.dtype) -> tuple[int, int, int]:
-    """First and last pattern that can occur between fences, and the shift to their cells."""
-    first = _pattern_of(float("-inf") if low is None else low, dtype) + (low is not None)
-    last = _pattern_of(float("inf") if high is None else high, dtype) - (high is not None)
-    # One spare halving: the first cell may begin before the first pattern.
-    return first, last, max(0, max(0, last - first).bit_length() - CELLS.bit_length() + 2)
+class Kept:
+    """The patterns of float32 values between two fences, few enough to keep them all.
+
+    ``room`` is how many each part of it holds.
+    """
+
+    def __init__(
+        self, low: float | None, high: float | None, room: int, device: torch.device
+    ) -> None:
+        self.room = room
+        self.first, self.last = _span(low, high, torch.float32)
+        most = torch.iinfo(torch.int32).max
+        self.patterns = torch.full((PARTS * room,), most, dtype=torch.int32, device=device)
+        #: How many each part was given, more than it holds or not.
+        self.fills = torch.zeros(PARTS, dtype=torch.int64, device=device)
+        self.beside = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def asked(self, rank: int) -> torch.Tensor:
+        """As of :class:`Cells`."""
+        place = (rank - self.beside[:1]).clamp_(0, len(self.patterns) - 1)
+        pattern = self.patterns.sort().values[place].long()
+        return torch.cat((self.beside, pattern, self.fills))
+
+    def found(self, rank: int, numbers: Sequence[int]) -> Found | None:
+        """As of :class:`Cells`; ``None`` if there was no room for all."""
+        at_most, below, pattern, *fills = numbers
+        if max(fills) > self.room:
+            return None
+        inside = sum(fills)
+        if not at_most <= rank < at_most + inside:
+            return Found(at_most, below, inside)
+        value = _value_of(pattern, torch.float32)
+        return Found(at_most, below, inside, value, value, exact=True)
 
 
-def told_apart(low: float | None, high: float | None) -> bool:
-    """Whether every float32 between fences has a cell of its own."""
-    return _span(low, high, torch.float32)[2] == 0
+def _span(low: float | None, high: float | None, dtype: torch.dtype) -> tuple[int, int]:
+    """The first and the last pattern that can occur between fences."""
+    first = _pattern_of(-math.inf if low is None else low, dtype) + (low is not None)
+    return first, _pattern_of(math.inf if high is None else high, dtype) - (high is not None)
 
 
 @functools.lru_cache(maxsize=4)
@@ -112,6 +152,7 @@ def _spare(count: int, device: torch.device) -> torch.Tensor:
 
 
 _BITS = {torch.float32: (torch.int32, 0x7FFFFFFF), torch.float64: (torch.int64, 2**63 - 1)}
+_KINDS = {torch.float32: ("f4", "i4"), torch.float64: ("f8", "i8")}
 
 
 def _pattern(values: torch.Tensor) -> torch.Tensor:
@@ -122,11 +163,12 @@ def _pattern(values: torch.Tensor) -> torch.Tensor:
 
 
 def _pattern_of(value: float, dtype: torch.dtype) -> int:
-    return int(_pattern(torch.tensor([value], dtype=dtype)).item())
+    bits = int(numpy.array(value, _KINDS[dtype][0]).view(_KINDS[dtype][1]))
+    return bits if bits >= 0 else -(bits & _BITS[dtype][1])
 
 
 def _value_of(pattern: int, dtype: torch.dtype) -> float | None:
     """The value of a pattern; ``None`` for one beyond infinity, where no fence is needed."""
-    bits = torch.tensor([abs(pattern)], dtype=_BITS[dtype][0])
-    value = float(bits.view(dtype).item())
+    bits: Any = numpy.array(abs(pattern), _KINDS[dtype][1])
+    value = float(bits.view(_KINDS[dtype][0]))
     return None if value != value else math.copysign(value, pattern)

@@ -51,6 +51,23 @@ class Balance:
     def silent(self) -> bool:
         return self.constant or not self.threshold < self.peak
 
+    def factor(self, tasks: int) -> float:
+        """What takes a clamped magnitude above ``low`` to the root of its exponent of two."""
+        return math.sqrt(tasks * LOG2_E) / (self.high - self.low)
+
+
+class Rows:
+    """The intervals of several tasks, for :func:`score` of a matrix with a row for each."""
+
+    def __init__(self, balances: Sequence[Balance], tasks: int, like: torch.Tensor) -> None:
+        rows = [(own.low, own.high, own.factor(tasks)) for own in balances]
+        columns = torch.tensor(rows, dtype=like.dtype).to(like.device)
+        self.low, self.high, self._factors = columns[:, :1], columns[:, 1:2], columns[:, 2:]
+
+    def factor(self, _tasks: int) -> torch.Tensor:
+        """As of :class:`Balance`, for as many tasks as it was made for."""
+        return self._factors
+
 
 def table(balances: Sequence[Balance], tasks: int, weights: Sequence[float]) -> Any:
     """What compiled loops take of ``balances``, as float32: a row per task.
@@ -61,7 +78,7 @@ def table(balances: Sequence[Balance], tasks: int, weights: Sequence[float]) -> 
     rows = numpy.zeros((len(balances), COLUMNS), "f4")
     with numpy.errstate(divide="ignore", over="ignore"):  # the inverse of a subnormal number
         for row, b, weight in zip(rows, balances, weights, strict=True):
-            row[:4] = b.low, b.high, 0 if b.constant else factor(b, tasks), tasks * LOG2_E
+            row[:4] = b.low, b.high, 0 if b.constant else b.factor(tasks), tasks * LOG2_E
             row[4:6] = b.threshold, b.peak - b.threshold
             row[6] = 0 if b.silent else 1 / row[5]
             row[7:] = weight, not b.silent
@@ -83,21 +100,17 @@ def threshold_rank(count: int, density: float) -> int:
     return int(count * (1 - density))
 
 
-def magnitude(tau: torch.Tensor, balance: Balance, *, out: torch.Tensor) -> torch.Tensor:
+def magnitude(tau: torch.Tensor, balance: Balance | Rows, *, out: torch.Tensor) -> torch.Tensor:
     """The clamped magnitude ``a`` of a task vector."""
-    return torch.abs(tau, out=out).clamp_(balance.low, balance.high)
-
-
-def factor(balance: Balance, tasks: int) -> float:
-    """What takes a clamped magnitude above ``low`` to the root of its exponent of two."""
-    return math.sqrt(tasks * LOG2_E) / (balance.high - balance.low)
+    ends: Any = balance.low, balance.high
+    return torch.abs(tau, out=out).clamp_(*ends)
 
 
 def score(
     tau: torch.Tensor,
     clamped: torch.Tensor,
     total: torch.Tensor,
-    balance: Balance,
+    balance: Balance | Rows,
     tasks: int,
     *,
     out: torch.Tensor,
@@ -106,12 +119,12 @@ def score(
     """Intra-balancing times inter-balancing: ``exp(n x²) · tanh(τ Σ_j τ_j)``, up to a constant.
 
     ``clamped`` is the :func:`magnitude` of ``tau`` and may be ``out`` itself; ``total`` is the
-    sum of all ``tasks`` task vectors; all are of one length. Departure from the released
-    code: the exponent is ``n (x² − 1)``, which scales every score by the same ``exp(−n)``
-    and so changes no weight, but cannot overflow (``exp(n x²)`` does from 89 tasks on in
-    float32).
+    sum of all ``tasks`` task vectors; all are of one length, or ``tau`` and ``balance`` are rows.
+    Departure from the released code: the exponent is ``n (x² − 1)``, which scales every score by
+    the same ``exp(−n)`` and so changes no weight, but cannot overflow (``exp(n x²)`` does from 89
+    tasks on in float32).
     """
-    x = torch.sub(clamped, balance.low, out=out).mul_(factor(balance, tasks))
+    x = torch.sub(clamped, balance.low, out=out).mul_(balance.factor(tasks))
     intra = power_of_two_(x.mul_(x).sub_(tasks * LOG2_E), scratch=scratch)
     return intra.mul_(tanh_(torch.mul(tau, total, out=scratch[0]), scratch=scratch[1]))
 

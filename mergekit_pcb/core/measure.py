@@ -18,7 +18,7 @@ from mergekit_pcb.core import fused
 from mergekit_pcb.core.dare import Dare
 from mergekit_pcb.core.formulas import (
     Balance,
-    factor,
+    Rows,
     high_rank,
     low_rank,
     magnitude,
@@ -27,7 +27,7 @@ from mergekit_pcb.core.formulas import (
     tellable,
     threshold_rank,
 )
-from mergekit_pcb.core.ranks import OrderStatistic
+from mergekit_pcb.core.ranks import OrderStatistic, settle
 from mergekit_pcb.core.sample import Sample
 from mergekit_pcb.core.tally import Open
 from mergekit_pcb.core.vectors import Aligned, Scratch, chunk_elements, working_dtype
@@ -163,8 +163,8 @@ def _intervals(
         if not representable(largest, len(recipe.densities), scratch.dtype):
             raise OutOfRangeError(widest)
 
-    sampled: list[torch.Tensor | None] = [torch.abs(tau) for tau in sample.task_vectors()]
-    guesses = [sample.guess(sampled[task] if sampled else None, ranks) for task in tasks]
+    taus = sample.task_vectors()
+    guesses = sample.guesses(None if taus is None else taus.abs(), [ranks] * len(tasks))
     ends = {
         task: [OrderStatistic(rank, count, **guess) for rank, guess in zip(ranks, own, strict=True)]
         for task, own in zip(tasks, guesses, strict=True)
@@ -196,7 +196,7 @@ def _balances(
 ) -> tuple[Balance, ...]:
     """The intervals completed by threshold and peak of the scores."""
     ranks = [threshold_rank(count, density) for density in recipe.densities]
-    factors = [factor(own, len(ranks)) for own in intervals if not own.constant]
+    factors = [own.factor(len(ranks)) for own in intervals if not own.constant]
     # Magnitudes that are subnormal.
     if scratch.dtype != torch.float64 and max(factors, default=0) > torch.finfo(scratch.dtype).max:
         raise OutOfRangeError("")
@@ -216,18 +216,18 @@ def _balances(
     competing = [
         task for task, rank in enumerate(ranks) if not intervals[task].constant and rank < count
     ]
-    task_vectors = sample.task_vectors()
-    total = torch.stack(task_vectors).sum(0) if task_vectors else None
-
-    def threshold(task: int) -> OrderStatistic:
-        sampled = None
-        if total is not None:
-            given = task_vectors[task], total, intervals[task], len(intervals)
-            sampled = _score(*given, Scratch(scratch.dtype))
-        (guess,) = sample.guess(sampled, [ranks[task]])
-        return OrderStatistic(ranks[task], count, **guess)
-
-    thresholds = {task: [threshold(task)] for task in competing}
+    sampled, taus = None, sample.task_vectors()
+    if taus is not None and competing:
+        own, rows = taus[competing], Rows([intervals[t] for t in competing], len(ranks), taus)
+        first, second, clamped = torch.empty((3, *own.shape), dtype=own.dtype, device=own.device)
+        magnitude(own, rows, out=clamped)
+        given = own, clamped, taus.sum(0), rows, len(ranks)
+        sampled = score(*given, out=clamped, scratch=(first, second))
+    guesses = sample.guesses(sampled, [[ranks[task]] for task in competing])
+    thresholds = {
+        task: [OrderStatistic(ranks[task], count, **guess)]
+        for task, (guess,) in zip(competing, guesses, strict=True)
+    }
     settled = _settle(thresholds, scores)
     # With many tasks the factor exp(−n) may leave nothing of scores in float32.
     lost = [task for task in settled if not tellable(peaks[task], scratch.dtype)]
@@ -277,9 +277,9 @@ def _settle(
         if (left := [statistic for statistic in own if statistic not in answers])
     }:
         walk(waiting)
-        for statistic in itertools.chain.from_iterable(waiting.values()):
-            if (answer := statistic.settle()) is not None:
-                answers[statistic] = answer
+        looked = list(itertools.chain.from_iterable(waiting.values()))
+        found = zip(looked, settle(looked), strict=True)
+        answers |= {statistic: answer for statistic, answer in found if answer is not None}
     return {task: [answers[statistic] for statistic in own] for task, own in statistics.items()}
 
 

@@ -8,6 +8,7 @@ Bad fences cost another pass over the stream, never a wrong answer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 import numpy
 import torch
 
-from mergekit_pcb.core.cells import Cells
+from mergekit_pcb.core.cells import PARTS, Cells, Kept
 
 # Values held before the fences are drawn closer; doubled while the rank allows no closer ones.
 POOL_ELEMENTS = 1 << 17
 # Values held at the very most (16 MiB), then counted by bit pattern instead. Up to 2·10^10
 # parameters the tails at the default clip fit into half of it, and take no pass of their own.
 LARGEST_POOL = 1 << 22
+# Values that an accelerator keeps for a statistic at the most (4 MiB), rather than count them.
+KEPT_THERE = 1 << 20
 # Where values are arrays of numpy, whose comparisons, selections and introselect are several times
 # faster than torch's on a CPU.
 HOST = "cpu"
@@ -34,7 +37,8 @@ class OrderStatistic:
     guess; :func:`neighbour` widens one by a step). Call :meth:`push` with every part of the
     stream, then :meth:`settle`; while that returns ``None``, stream the same values again (a
     *pass*). Values must not be NaN. ``tied`` says that many values may equal ``low`` and
-    be the answer: one more count then spares the pass that would find out.
+    be the answer: one more count then spares the pass that would find out. ``expected`` says how
+    many should lie between the fences, if anybody knows.
     """
 
     def __init__(
@@ -45,13 +49,21 @@ class OrderStatistic:
         high: float | None = None,
         *,
         tied: bool = False,
+        expected: int | None = None,
     ) -> None:
         if not 0 <= rank < count:
             raise ValueError(f"rank {rank} lies outside a stream of {count} values")
         self.rank, self.count = rank, count
-        self._open(low, high, tied=tied)
+        self._open(low, high, tied=tied, expected=expected)
 
-    def _open(self, low: float | None, high: float | None, *, tied: bool = False) -> None:
+    def _open(
+        self,
+        low: float | None,
+        high: float | None,
+        *,
+        tied: bool = False,
+        expected: int | None = None,
+    ) -> None:
         """Make ready for a pass between these fences."""
         self.low, self.high = low, high
         self.tied = tied
@@ -64,7 +76,8 @@ class OrderStatistic:
         self._pool: list[Any] = []
         self._held: list[torch.Tensor] = []  # all values of a short stream on an accelerator
         self._pool_limit = POOL_ELEMENTS
-        self._cells: Cells | None = None
+        self._expected = expected
+        self._counts: Cells | Kept | None = None
 
     def push(self, values: torch.Tensor) -> None:
         """Take in the next values of the stream: 1-D, float32 or float64, any device.
@@ -84,16 +97,28 @@ class OrderStatistic:
             self._seen += len(values)
             self._held.append(values + 0.0)
         else:
-            cells = self.cells(len(values), values.dtype, values.device)
-            cells.add_all(values, tied=self.tied)
+            self._seen += len(values)
+            self._dtype = values.dtype
+            if self._counts is None:
+                self._counts = Cells(self.low, self.high, values.dtype, values.device)
+            if isinstance(self._counts, Cells):
+                self._counts.add_all(values, tied=self.tied)
 
-    def cells(self, seen: int, dtype: torch.dtype, device: torch.device) -> Cells:
-        """Where somebody else counts so many of the stream's values, on an accelerator."""
+    def there(self, seen: int, device: torch.device) -> Cells | Kept:
+        """Where somebody else counts so many of the stream's values, on an accelerator.
+
+        They are in float32. Those between the fences may be kept where they are all that will come.
+        """
         self._seen += seen
-        self._dtype = dtype
-        if self._cells is None:
-            self._cells = Cells(self.low, self.high, dtype, device)
-        return self._cells
+        self._dtype = torch.float32
+        if self._counts is None:
+            own, expected = (self.low, self.high), self._expected
+            if seen == self.count and expected is not None and 2 * expected <= KEPT_THERE:
+                # Twice the room, and some, for parts do not fill alike.
+                self._counts = Kept(*own, 2 * expected // PARTS + 64, device)
+            else:
+                self._counts = Cells(*own, torch.float32, device)
+        return self._counts
 
     def absorb(
         self,
@@ -121,15 +146,27 @@ class OrderStatistic:
             inside = inside[inside < self.high]
         self._keep(inside)
 
-    def settle(self) -> float | None:
-        """The answer after a whole pass, or ``None`` if it takes another."""
+    def asked(self) -> torch.Tensor | None:
+        """The numbers of a whole pass that :meth:`settle` needs from an accelerator, if any."""
+        return None if self._counts is None else self._counts.asked(self.rank - self._at_most)
+
+    def settle(self, numbers: Sequence[int] | None = None) -> float | None:
+        """The answer after a whole pass, or ``None`` if it takes another.
+
+        ``numbers`` are what was :meth:`asked`, if that is at hand already.
+        """
         if self._seen != self.count:
             raise ValueError(f"a pass brought {self._seen} values where {self.count} were due")
         if self._held:
             return float(torch.cat(self._held).sort().values[self.rank])
         found = None
-        if self._cells is not None:
-            found = self._cells.settle(self.rank - self._at_most)
+        if self._counts is not None:
+            rank = self.rank - self._at_most
+            given = self._counts.asked(rank).tolist() if numbers is None else numbers
+            found = self._counts.found(rank, given)
+            if found is None:  # all will be counted
+                self._open(self.low, self.high, tied=self.tied)
+                return None
             self._at_most += found.at_most
             self._below += found.below
             self._inside = found.inside
@@ -152,8 +189,8 @@ class OrderStatistic:
 
     def _keep(self, values: Any) -> None:
         self._inside += len(values)
-        if self._cells is not None:
-            self._cells.add(torch.from_numpy(values))
+        if isinstance(self._counts, Cells):
+            self._counts.add(torch.from_numpy(values))
         elif len(values):
             self._pool.append(values)
             if self._inside > self._pool_limit:
@@ -179,9 +216,20 @@ class OrderStatistic:
         self._pool_limit = min(max(POOL_ELEMENTS, 2 * self._inside), LARGEST_POOL)
         if 2 * self._inside > LARGEST_POOL:
             held = torch.from_numpy(pool)
-            self._cells = Cells(self.low, self.high, held.dtype, held.device)
-            self._cells.add(held)
+            self._counts = Cells(self.low, self.high, held.dtype, held.device)
+            self._counts.add(held)
             self._pool = []
+
+
+def settle(statistics: Sequence[OrderStatistic]) -> list[float | None]:
+    """Settle each after a whole pass; waits for an accelerator once."""
+    asked = [statistic.asked() for statistic in statistics]
+    there = [numbers for numbers in asked if numbers is not None]
+    numbers = iter(torch.cat(there).tolist() if there else ())
+    return [
+        statistic.settle(None if own is None else list(itertools.islice(numbers, len(own))))
+        for statistic, own in zip(statistics, asked, strict=True)
+    ]
 
 
 def between(

@@ -6,7 +6,7 @@ They decide about work, never about an answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
@@ -30,6 +30,7 @@ class Guess(TypedDict, total=False):
     low: float
     high: float
     tied: bool
+    expected: int
 
 
 class Sample:
@@ -59,32 +60,76 @@ class Sample:
         self._parts.append(taken)
         self._passed += len(aligned)
 
-    def task_vectors(self) -> list[torch.Tensor]:
-        """Those of all tasks, as far as they were taken."""
-        return [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
+    def task_vectors(self) -> torch.Tensor | None:
+        """Those of all tasks, a row for each, as far as they were taken; ``None``: not at all."""
+        if not self._passed:
+            return None
+        return torch.stack([torch.cat(parts) for parts in zip(*self._parts, strict=True)])
 
-    def guess(self, values: torch.Tensor | None, ranks: Sequence[int]) -> list[Guess]:
-        """For every rank, values strictly between which its own should lie, unless it is tied.
+    def guesses(
+        self, values: torch.Tensor | None, wanted: Sequence[Sequence[int]]
+    ) -> list[list[Guess]]:
+        """For every rank wanted of each task, values strictly between which its own should lie.
 
-        ``values`` are those of the sample.
+        ``values`` are those of the sample, a row for each task; without any nothing is guessed.
         """
-        if values is None or not len(values):
-            return [{} for _ in ranks]
-        size = values.numel()
-        found = [places(rank, self._count, size) for rank in ranks]
-        ends = [(max(first, 0), last, first >= 0) for first, last in found]
-        wanted = sorted({place for *both, _ in ends for place in both if place < size})
-        at = dict(zip(wanted, at_ranks(values, wanted), strict=True))
-        guesses: list[Guess] = []
-        for first, last, bounded in ends:
-            guess, low = Guess(), at[first]
-            # Zeros: DARE's, of tensors that training left alone, of steps that were rounded off.
-            # Below one at the end of the sample there may be more, but nothing below 0.
-            if (bounded or low == 0) and 2 * int((values == low).sum()) > last - first:
-                guess["tied"], guess["low"] = True, low
-            elif bounded:  # a step outwards, because a few elements may share the value of a fence
-                guess["low"] = neighbour(low, -math.inf, values.dtype)
-            if last < size:
-                guess["high"] = neighbour(at[last], math.inf, values.dtype)
-            guesses.append(guess)
+        if values is None or not values.numel():
+            return [[Guess() for _ in own] for own in wanted]
+        size = values.shape[1]
+        found = [[places(rank, self._count, size) for rank in own] for own in wanted]
+        look = _looked if values.device.type == ranks.HOST else _looked_there
+        ends = [[(max(first, 0), min(last, size - 1)) for first, last in own] for own in found]
+        guesses: list[list[Guess]] = []
+        for own, seen in zip(found, look(values, ends), strict=True):
+            guesses.append([])
+            for (first, last), (low, high, below, at_most, upto) in zip(own, seen, strict=True):
+                guess, floor = Guess(), 0
+                # Zeros: DARE's, of tensors that training left alone, of steps that were rounded
+                # off. Below one at the end of the sample there may be more, but nothing below 0.
+                if (first >= 0 or low == 0) and 2 * (at_most - below) > last - max(first, 0):
+                    guess["tied"], guess["low"], floor = True, low, at_most
+                elif first >= 0:  # a step outwards, because a few elements may share its value
+                    guess["low"], floor = neighbour(low, -math.inf, values.dtype), below
+                if last < size:
+                    guess["high"] = neighbour(high, math.inf, values.dtype)
+                if upto is not None:
+                    inside = (upto if last < size else size) - floor
+                    guess["expected"] = math.ceil(inside / size * self._count)
+                guesses[-1].append(guess)
         return guesses
+
+
+#: Values at both ends of a guess; how many are below and at most the first, and at most the second.
+_Seen = tuple[float, float, int, int, int | None]
+
+
+def _looked(
+    values: torch.Tensor, ends: Sequence[Sequence[tuple[int, int]]]
+) -> Iterator[list[_Seen]]:
+    """What is seen at pairs of ranks, as far as it is needed there."""
+    for own, pairs in zip(values, ends, strict=True):
+        wanted = sorted({place for pair in pairs for place in pair})
+        at = dict(zip(wanted, at_ranks(own, wanted), strict=True))
+        seen: list[_Seen] = []
+        for first, last in pairs:
+            ties = int(torch.count_nonzero(own == at[first]))
+            seen.append((at[first], at[last], 0, ties, None))
+        yield seen
+
+
+def _looked_there(
+    values: torch.Tensor, ends: Sequence[Sequence[tuple[int, int]]]
+) -> Iterator[list[_Seen]]:
+    """The same on an accelerator, which is waited for once."""
+    ordered = values.sort(1).values
+    at = ordered.gather(1, torch.tensor(ends, device=ordered.device).flatten(1))
+    low, high = at[:, ::2].contiguous(), at[:, 1::2].contiguous()
+    numbers = [
+        low,
+        high,
+        torch.searchsorted(ordered, low),
+        torch.searchsorted(ordered, low, right=True),
+        torch.searchsorted(ordered, high, right=True),
+    ]
+    for rows in torch.stack([own.double() for own in numbers], -1).tolist():
+        yield [(a + 0.0, b + 0.0, int(c), int(d), int(e)) for a, b, c, d, e in rows]
