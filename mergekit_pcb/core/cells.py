@@ -51,7 +51,7 @@ class Cells:
         self._dtype, self._fences = dtype, (low, high)
         #: The patterns strictly between the fences; those of a cell agree but for the last bits.
         self.first, self.last = _span(low, high, dtype)
-        self.shift, most = 0, CELLS * (1 if device.type == "cpu" else FINER_THERE)
+        self.shift, most = 0, _most(device)
         while (self.last >> self.shift) - (self.first >> self.shift) >= most:
             self.shift += 1
         self._origin = self.first >> self.shift
@@ -138,6 +138,16 @@ class Kept:
             return Found(at_most, below, inside)
         value = _value_of(pattern, torch.float32)
         return Found(at_most, below, inside, value, value, exact=True)
+
+
+def told_apart(low: float | None, high: float | None, device: torch.device) -> bool:
+    """Whether each float32 between fences has a cell of its own."""
+    first, last = _span(low, high, torch.float32)
+    return last - first < _most(device)
+
+
+def _most(device: torch.device) -> int:
+    return CELLS * (1 if device.type == "cpu" else FINER_THERE)
 
 
 def _span(low: float | None, high: float | None, dtype: torch.dtype) -> tuple[int, int]:

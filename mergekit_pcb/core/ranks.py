@@ -16,15 +16,17 @@ from typing import Any
 import numpy
 import torch
 
-from mergekit_pcb.core.cells import PARTS, Cells, Kept
+from mergekit_pcb.core.cells import PARTS, Cells, Kept, told_apart
 
 # Values held before the fences are drawn closer; doubled while the rank allows no closer ones.
 POOL_ELEMENTS = 1 << 17
 # Values held at the very most (16 MiB), then counted by bit pattern instead. Up to 2·10^10
 # parameters the tails at the default clip fit into half of it, and take no pass of their own.
 LARGEST_POOL = 1 << 22
-# Values that an accelerator keeps for a statistic at the most (4 MiB), rather than count them.
+# Values that an accelerator keeps for a statistic at the most (4 MiB), rather than count them; and
+# how many of those that cells tell apart: more would wait for one another longer than they save.
 KEPT_THERE = 1 << 20
+FEW_THERE = 1 << 16
 # Where values are arrays of numpy, whose comparisons, selections and introselect are several times
 # faster than torch's on a CPU.
 HOST = "cpu"
@@ -113,7 +115,8 @@ class OrderStatistic:
         self._dtype = torch.float32
         if self._counts is None:
             own, expected = (self.low, self.high), self._expected
-            if seen == self.count and expected is not None and 2 * expected <= KEPT_THERE:
+            most = FEW_THERE if told_apart(*own, device) else KEPT_THERE // 2
+            if seen == self.count and expected is not None and expected <= most:
                 # Twice the room, and some, for parts do not fill alike.
                 self._counts = Kept(*own, 2 * expected // PARTS + 64, device)
             else:
