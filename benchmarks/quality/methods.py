@@ -98,8 +98,13 @@ class Method:
         """Every trial, in the order of ``trials``."""
 
         def score(knobs: Knobs) -> float:
+            def validate() -> float:
+                state = self.merge(suite, knobs)
+                suite.hold(self.name, knobs, state)
+                return suite.validation(state)
+
             key = ["validation", self.name, knobs, suite.tasks]
-            found: float = suite.work.score(key, lambda: suite.validation(self.merge(suite, knobs)))
+            found: float = suite.work.score(key, validate)
             return found
 
         return [(score(knobs), knobs) for knobs in self.trials(budget, seed)]

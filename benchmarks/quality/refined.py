@@ -98,6 +98,7 @@ def run(
             trials[method.name] = method.searched(suite, effort.budget, seed)
             first.add_tried(method, trials[method.name][0])
             searched.add_tried(method, best_of(trials[method.name]))
+            suite.held.clear()
         base = Chosen(suite)
         base.add("base", {}, suite.base)
         # From here on test data are read, and nothing is chosen any more.

@@ -14,10 +14,13 @@ A text stands once in a task, and not at all if it stands there with two classes
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import importlib.util
 import pathlib
 import random
 import re
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -69,6 +72,8 @@ NUMPY = re.compile(r"^( *)\*{0,2}\w+ : ([\w.-]+).*\n((?:\1 +\S.*\n?)+)", re.MULT
 SECTION = re.compile(
     r"^([A-Z][\w ]+)\n-{3,}\n(.*?)(?=^[A-Z][\w ]+\n-{3,}\n|\Z)", re.MULTILINE | re.DOTALL
 )
+#: Where statements stand in others. The bodies of conditional expressions and lambdas are none.
+BLOCKS = {"body", "handlers", "orelse", "finalbody", "cases"}
 #: Of a section, so many paragraphs.
 PARAGRAPHS = 3
 GOOGLE = re.compile(r"^( *)\w+ \(`?([\w.-]+).*\):\s*\n((?:\1 +\S.*\n?)+)", re.MULTILINE)
@@ -100,6 +105,23 @@ class Texts(NamedTuple):
 @lru_cache(maxsize=1)
 def texts() -> Texts:
     """All examples of all tasks, in an order of their own; reading takes half a minute."""
+    with _uncollected():
+        return _read()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for circles of objects: a third of the time, for trees have none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _read() -> Texts:
     found: dict[str, dict[str, set[tuple[str, str]]]] = {task: {} for task in CLASSES}
     pairs: dict[str, Pair] = {}
 
@@ -121,7 +143,7 @@ def texts() -> Texts:
             continue
         name = f"{package}/{file.relative_to(folder).as_posix()}"
         lines = source.splitlines()
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             for task, label, text in _of_node(package, node):
                 add(task, label, text, name)
             if isinstance(node, ast.FunctionDef) and (words := _summary(node)):
@@ -169,6 +191,17 @@ def _headers() -> Iterator[tuple[str, pathlib.Path]]:
     for part in PARTS:
         for file in sorted(folder.joinpath(part).rglob("*.h")):
             yield part, file
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of ``ast.walk`` in its order, without expressions, in which no statement stands."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        for name in node._fields:
+            if name in BLOCKS:
+                waiting.extend(getattr(node, name))
+        yield node
 
 
 def _of_node(package: str, node: ast.AST) -> Iterator[tuple[str, str, str]]:

@@ -63,6 +63,8 @@ class Distance:
         return self.steps * schedule.expert_steps, self.rate * schedule.expert_rate
 
 
+#: A merged model of so many bytes at most is kept from its search to its test.
+HELD_BYTES = 64 << 20
 #: The suites that speak of shares of scores, as the paper's tables of images do.
 OF_SCORES = ("glyphs",)
 NEAR = Distance("near")
@@ -100,13 +102,30 @@ class Suite:
     #: Checkpoints of the base and the experts, which mergekit's own command then merges.
     folders: Sequence[pathlib.Path] = ()
     work: Work = field(default_factory=Work)
+    #: Merged models that are scored once more, by their method and setting; see :meth:`hold`.
+    held: dict[str, StateDict] = field(default_factory=dict)
+
+    def hold(self, method: str, knobs: dict[str, float], state: StateDict) -> None:
+        """Keep what is scored of a merged model in memory, unless it is large."""
+        scored = self.model if self.scorer is None else self.scorer
+        dtype = next(scored.parameters()).dtype
+        own = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
+        if sum(tensor.nbytes for tensor in own.values()) <= HELD_BYTES:
+            self.held[str((method, knobs))] = own
+
+    def holds(self, method: str, knobs: dict[str, float]) -> StateDict | None:
+        """What :meth:`hold` kept."""
+        return self.held.get(str((method, knobs)))
 
     def scores(self, state: StateDict, split: Split) -> dict[str, float]:
         """The score of a model on every task."""
-        return {task: self.score(state, split, task) for task in self.tasks}
+        return self._scores(state, {task: self.data[split][task] for task in self.tasks})
 
     def score(self, state: StateDict, split: Split, task: str) -> float:
-        return self._score(state, self.data[split][task])
+        return self._scores(state, {task: self.data[split][task]})[task]
 
     def individual(self, split: Split) -> dict[str, float]:
         """The score of each task's own expert."""
@@ -122,7 +141,7 @@ class Suite:
         return [batches[number] for number in order]
 
     def scores_elsewhere(self, state: StateDict) -> dict[str, float]:
-        return {task: self._score(state, batches) for task, batches in self.elsewhere.items()}
+        return self._scores(state, self.elsewhere)
 
     @torch.no_grad()
     def answered(self, state: StateDict) -> dict[str, float]:
@@ -152,7 +171,13 @@ class Suite:
             *(self.folders[1 + self.tasks.index(task)] for task in tasks),
         ]
         return replace(
-            self, tasks=tuple(tasks), experts=experts, elsewhere={}, questions={}, folders=folders
+            self,
+            tasks=tuple(tasks),
+            experts=experts,
+            elsewhere={},
+            questions={},
+            folders=folders,
+            held={},
         )
 
     def digest(self) -> str:
@@ -167,9 +192,15 @@ class Suite:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
-    def _score(self, state: StateDict, batches: Sequence[Batch]) -> float:
+    def _scores(self, state: StateDict, data: dict[str, list[Batch]]) -> dict[str, float]:
+        if not data:
+            return {}
         model = self._loaded(state)
+        # A scorer is never trained, and so may forget that it could be.
+        with torch.no_grad() if self.scorer is None else torch.inference_mode():
+            return {task: self._score(model, batches) for task, batches in data.items()}
+
+    def _score(self, model: torch.nn.Module, batches: Sequence[Batch]) -> float:
         total, rows = 0.0, 0
         for inputs, labels in batches:
             logits = model(*inputs).float()

@@ -100,10 +100,11 @@ def _other_prior(suite: Suite) -> StateDict:
     return baselines.solved(suite, matrices_of(suite), 0.1, 0.4)
 
 
-def forget() -> None:
-    """Let go of what is kept of a suite's merges."""
+def forget(*, parts: bool = True) -> None:
+    """Let go of what is kept of a suite's merges, and of our own ``parts``."""
     _delta.cache_clear()
-    _parts.cache_clear()
+    if parts:
+        _parts.cache_clear()
 
 
 _OURS = _ours(OURS, "solve", None)
