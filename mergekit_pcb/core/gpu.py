@@ -21,7 +21,7 @@ from mergekit_pcb.core.vectors import Aligned
 
 # Elements that a program, a single warp, looks at together.
 BLOCK_ELEMENTS = 1 << 7
-# Programs of a walk: so many that all processors of a large GPU are busy.
+# Programs of a walk at most: so many that all processors of a large GPU are busy.
 PROGRAMS = 1 << 16
 # Kernels are compiled for each number of tasks, up to this one.
 MOST_TASKS = 16
@@ -38,6 +38,7 @@ class OnGPU:
     def __init__(self, aligned: Aligned, kernels: Any) -> None:
         self._aligned, self._kernels = aligned, kernels
         self._device, self._tasks = aligned.base.device, len(aligned.tasks)
+        self._programs = min(PROGRAMS, len(aligned) // BLOCK_ELEMENTS)
 
     def magnitudes(self, open_: Open) -> float:
         most = self._most(1)
@@ -86,7 +87,7 @@ class OnGPU:
         counts = [None if k is None else k.there(count, self._device) for k in own]
         fences = tuple(number for k in own for number in _fences(k))
         lines = torch.tensor([_line(k) for k in counts], dtype=torch.int64).to(self._device)
-        shape = PROGRAMS + 1, len(own), 2
+        shape = self._programs + 1, len(own), 2
         slots = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._launch(kernel, fences, lines, slots, *more, LINES=width)
         for found, beside in zip(counts, slots.sum(0), strict=True):
@@ -115,10 +116,10 @@ class OnGPU:
         options |= more
         with current(device):
             if blocks:
-                programs = min(PROGRAMS, blocks)
+                programs = min(self._programs, blocks)
                 kernel[(programs,)](*inputs, 0, blocks, len(base), 0, *given, WHOLE=True, **options)
             if rest:
-                place = blocks, blocks + 1, len(base), PROGRAMS
+                place = blocks, blocks + 1, len(base), self._programs
                 kernel[(1,)](*inputs, *place, *given, WHOLE=False, **options)
 
     def _draw(
@@ -146,7 +147,7 @@ class OnGPU:
     def _most(self, numbers: int) -> torch.Tensor:
         """Where each program says so many numbers that no other of its kind is more than."""
         least = torch.iinfo(torch.int32).min + 1
-        shape = PROGRAMS + 1, numbers
+        shape = self._programs + 1, numbers
         return torch.full(shape, least, dtype=torch.int32, device=self._device)
 
     def _moved(self, numbers: Sequence[Any]) -> torch.Tensor:
