@@ -16,6 +16,7 @@ from collections.abc import Callable
 import click
 import torch
 from mergekit.merge_methods import merge_tensors
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measuring import machine
 
@@ -62,6 +63,16 @@ def merge(tensors: list[torch.Tensor], method: str = "pcb", **more: float) -> to
     return merge_tensors(tensors, method, base_index=0, parameters=parameters)
 
 
+def kernels(action: Callable[[], object]) -> str:
+    """How long the card is busy with an action, and with which of our own kernels."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        action()
+        torch.cuda.synchronize()
+    found = {event.key: event.self_device_time_total / 1e3 for event in seen.key_averages()}
+    own = ", ".join(f"{name} {ms:.2f}" for name, ms in found.items() if name.startswith("walk_"))
+    return f"the card is busy for {sum(found.values()):.2f} ms: {own}, and small ones"
+
+
 @click.command()
 @click.option("--device", "device_name", default="cuda", show_default=True)
 @click.option("--elements", default=10**9, show_default=True)
@@ -92,6 +103,8 @@ def main(device_name: str, elements: int) -> None:
     for method in ("task_arithmetic", "ties"):
         other = seconds(lambda method=method: merge(share, method), device, runs=3)
         print(f"    {method:29s}{other * 1e3:10.2f} ms, pcb is {ours / other:.3f} of it")
+    if device.type == "cuda":  # last of what is timed, for a profile slows what comes after it
+        print(f"of a quarter, {kernels(lambda: merge(share))}")
     few = [tensor[: 1 << 24].float() for tensor in tensors]
     own = [tensor.cpu() for tensor in few]
     for what, more in (("", {}), (", dare_density 0.5", {"dare_density": 0.5})):
