@@ -127,6 +127,26 @@ def test_more_than_a_walk_can_keep_is_counted_by_another(together, room, monkeyp
     assert any(int(own.fills.amax()) > own.room for own in made) == (room == 3)
 
 
+def test_a_column_that_stands_out_is_kept_by_all_parts(monkeypatch):
+    """Programs come in turn, so blocks a row apart would all be in one part."""
+    monkeypatch.setattr(gpu, "PROGRAMS", 1 << 16)
+    monkeypatch.setattr(gpu, "BLOCK_ELEMENTS", 32)
+    rows = torch.full((8, 32 * cells.PARTS), 0.25)
+    rows[:, 7] = torch.arange(1.0, 9.0)
+    aligned = Aligned.of("w", torch.zeros(rows.numel(), device=DEVICE), [rows.to(DEVICE)])
+    made = []
+
+    def keep(low, high, _, device):
+        made.append(cells.Kept(low, high, 2, device))
+        return made[-1]
+
+    monkeypatch.setattr(ranks, "Kept", keep)
+    statistic = ranks.OrderStatistic(rows.numel() - 3, rows.numel(), low=0.5, expected=8)
+    gpu.OnGPU(aligned, gpu_kernels).magnitudes({0: [statistic]})
+    assert statistic.settle() == 6.0
+    assert sorted(made[0].fills.tolist())[-8:] == [1] * 8
+
+
 @pytest.mark.parametrize(
     "name", [n if n == "two values" else pytest.param(n, marks=SLOW) for n in ADVERSARIAL]
 )

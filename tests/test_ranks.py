@@ -8,7 +8,7 @@ from conftest import pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_pcb.core import ranks, walks
+from mergekit_pcb.core import cells, ranks, walks
 from mergekit_pcb.core.cells import Cells
 from mergekit_pcb.core.ranks import OrderStatistic
 
@@ -221,6 +221,18 @@ def test_an_accelerator_counts_what_the_cpu_counts():
     assert found.below == int((values < low).sum())
     assert found.inside == int(((values > low) & (values < high)).sum())
     assert found.low < values.sort().values[2500] < found.high
+
+
+@pytest.mark.parametrize("finer", [1, cells.FINER_THERE])
+def test_nan_has_a_cell_too(finer, monkeypatch):
+    """All of a sum's bits are one on a card: a merge then tells of it, once a walk is over."""
+    monkeypatch.setattr(cells, "CELLS", finer * cells.CELLS)
+    values = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    values.view(torch.int32)[2:] = torch.tensor([0x7FFFFFFF, 0x7FC00000], dtype=torch.int32)
+    for low, high in ((None, None), (0.5, None), (None, 0.5)):
+        counted = Cells(low, high, torch.float32, values.device)
+        counted.add_all(values, tied=False)
+        assert int(counted.counts.sum()) == len(values)
 
 
 def test_an_accelerator_needs_one_pass_with_a_guess_and_two_without():

@@ -207,6 +207,7 @@ ARROWS = {
     "tools.check_text": {"errors", "files", "host.configuration", "host.parameters", "host.plan"},
     "tools.check_base": {"core.vectors", "files", "host.inputs", "host.plan"},
     "tools.check": {
+        "core.cells",
         "core.vectors",
         "errors",
         "files",

@@ -18,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from benchmarks.quality.suite import StateDict, Suite
 from mergekit_pcb.errors import PCBError
 
 Knobs = dict[str, float]
+#: Seconds of a merge from which on it is kept in memory until its test, and not made once more.
+WORTH_HOLDING = 3.0
 #: A setting that was tried, behind its mean score on validation data.
 Trial = tuple[float, Knobs]
 
@@ -99,8 +102,10 @@ class Method:
 
         def score(knobs: Knobs) -> float:
             def validate() -> float:
+                began = time.monotonic()
                 state = self.merge(suite, knobs)
-                suite.hold(self.name, knobs, state)
+                if time.monotonic() - began >= WORTH_HOLDING:
+                    suite.hold(self.name, knobs, state)
                 return suite.validation(state)
 
             key = ["validation", self.name, knobs, suite.tasks]

@@ -103,18 +103,17 @@ class Suite:
     folders: Sequence[pathlib.Path] = ()
     work: Work = field(default_factory=Work)
     #: Merged models that are scored once more, by their method and setting; see :meth:`hold`.
-    held: dict[str, StateDict] = field(default_factory=dict)
+    held: dict[str, StateDict] = field(default_factory=dict, init=False)
 
     def hold(self, method: str, knobs: dict[str, float], state: StateDict) -> None:
         """Keep what is scored of a merged model in memory, unless it is large."""
         scored = self.model if self.scorer is None else self.scorer
         dtype = next(scored.parameters()).dtype
-        own = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in state.items()
-        }
-        if sum(tensor.nbytes for tensor in own.values()) <= HELD_BYTES:
-            self.held[str((method, knobs))] = own
+        if sum(tensor.numel() for tensor in state.values()) * dtype.itemsize <= HELD_BYTES:
+            self.held[str((method, knobs))] = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in state.items()
+            }
 
     def holds(self, method: str, knobs: dict[str, float]) -> StateDict | None:
         """What :meth:`hold` kept."""
@@ -171,13 +170,7 @@ class Suite:
             *(self.folders[1 + self.tasks.index(task)] for task in tasks),
         ]
         return replace(
-            self,
-            tasks=tuple(tasks),
-            experts=experts,
-            elsewhere={},
-            questions={},
-            folders=folders,
-            held={},
+            self, tasks=tuple(tasks), experts=experts, elsewhere={}, questions={}, folders=folders
         )
 
     def digest(self) -> str:

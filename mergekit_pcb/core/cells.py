@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-# Cells of a count, 8 MiB: one cell per float32 pattern between close fences.
+# Cells of a count on a CPU, 8 MiB: one cell per float32 pattern between close fences.
 CELLS = 1 << 20
 # So many times as many on an accelerator, where a second look costs more than they do.
 FINER_THERE = 4
+#: Bytes of a count on an accelerator at the most.
+BYTES_THERE = 8 * CELLS * FINER_THERE
 # What is kept is kept in so many parts, because programs would wait for each other at one counter.
 PARTS = 32
+#: Numbers of a ``line``.
+LINE = 7
 # Values whose cells are made out at a time, for their integers take more room than they do.
 SLICE_ELEMENTS = 1 << 22
 # Many values that lie beyond the fences would wait for each other at a single counter.
@@ -80,7 +84,14 @@ class Cells:
                 cells = torch.where(above, cells, spare)
             if high is not None:
                 cells = torch.where(part < high, cells, spare)
+            # NaN, which somebody else finds, is beyond infinity and beyond all cells.
+            cells = cells.clamp_(max=len(self.counts) - 1)
             self.counts.scatter_add_(0, cells, torch.ones_like(cells))
+
+    @property
+    def line(self) -> list[int]:
+        """The numbers that ``gpu_kernels._take`` reads; a count's own address, no room."""
+        return [self.first, self.last, self.shift, self.counts.data_ptr(), 0, 0, 0]
 
     def asked(self, rank: int) -> torch.Tensor:
         """Where a rank among all values counted lies, in numbers that :meth:`found` reads.
@@ -121,6 +132,12 @@ class Kept:
         #: How many each part was given, more than it holds or not.
         self.fills = torch.zeros(PARTS, dtype=torch.int64, device=device)
         self.beside = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def line(self) -> list[int]:
+        """As of :class:`Cells`; no shift and no cells."""
+        places = self.patterns.data_ptr(), self.fills.data_ptr()
+        return [self.first, self.last, 0, 0, *places, self.room]
 
     def asked(self, rank: int) -> torch.Tensor:
         """As of :class:`Cells`."""

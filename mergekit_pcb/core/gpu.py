@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from mergekit_pcb.core.cells import Cells, Kept
+from mergekit_pcb.core.cells import LINE
 from mergekit_pcb.core.formulas import Balance, table
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.tally import Open
@@ -25,9 +25,7 @@ BLOCK_ELEMENTS = 1 << 7
 PROGRAMS = 1 << 16
 # Kernels are compiled for each number of tasks, up to this one.
 MOST_TASKS = 16
-# Lanes of a warp, and bytes that each reads at once.
-LANES = 32
-BYTES_AT_ONCE = 16
+LANES_OF_A_WARP = 32
 # Counters of the generator that a program draws together: few, as rare ties cost it a second draw.
 COUNTERS = 1 << 7
 
@@ -86,7 +84,7 @@ class OnGPU:
         count = len(self._aligned)
         counts = [None if k is None else k.there(count, self._device) for k in own]
         fences = tuple(number for k in own for number in _fences(k))
-        lines = torch.tensor([_line(k) for k in counts], dtype=torch.int64).to(self._device)
+        lines = self._moved([[0] * LINE if k is None else k.line for k in counts])
         shape = self._programs + 1, len(own), 2
         slots = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._launch(kernel, fences, lines, slots, *more, LINES=width)
@@ -111,7 +109,7 @@ class OnGPU:
             tuple(masks),
             tuple(map(float, numpy.array(aligned.factors, "f4"))),
         )
-        row = min(BYTES_AT_ONCE // base.dtype.itemsize, BLOCK_ELEMENTS // LANES)
+        row = BLOCK_ELEMENTS // LANES_OF_A_WARP
         options = {"BLOCK": BLOCK_ELEMENTS, "ROW": row, "num_warps": 1, "enable_fp_fusion": False}
         options |= more
         with current(device):
@@ -166,16 +164,6 @@ def _fences(statistic: OrderStatistic | None) -> tuple[float, float, float]:
     low, high = statistic.low, statistic.high
     tied = float(statistic.tied)
     return -math.inf if low is None else low, math.inf if high is None else high, tied
-
-
-def _line(counts: Cells | Kept | None) -> list[int]:
-    """The numbers of a line, as ``gpu_kernels._take`` reads them."""
-    if counts is None:
-        return [0] * 7
-    if isinstance(counts, Cells):
-        return [counts.first, counts.last, counts.shift, counts.counts.data_ptr(), 0, 0, 0]
-    places = counts.patterns.data_ptr(), counts.fills.data_ptr()
-    return [counts.first, counts.last, 0, 0, *places, counts.room]
 
 
 def _near(balances: Sequence[Balance]) -> bool:

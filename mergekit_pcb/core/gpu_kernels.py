@@ -18,7 +18,7 @@ import numpy
 import triton
 import triton.language as tl
 
-from mergekit_pcb.core.cells import PARTS
+from mergekit_pcb.core.cells import LINE, PARTS
 from mergekit_pcb.core.formulas import (
     COLUMNS,
     HYPERBOLIC,
@@ -30,9 +30,6 @@ from mergekit_pcb.core.formulas import (
     SMALL,
     SMALLEST_DIVISOR,
 )
-
-#: Numbers of a line of the table of order statistics.
-LINE = 7
 
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(tl.constexpr, POWER_OF_TWO)
 _H0, _H1, _H2, _H3, _H4 = map(tl.constexpr, HYPERBOLIC)
@@ -318,7 +315,9 @@ def _take(
             places = cells.to(tl.pointer_type(tl.int64)) + cell
             tl.atomic_add(places, ones, mask=within, sem="relaxed")
         else:
-            part, room = tl.program_id(0) % _PARTS, tl.load(row + 6)
+            # A column of a matrix would always be in one part, if its programs came in turn.
+            own, room = tl.program_id(0), tl.load(row + 6)
+            part = (own ^ (own >> 5) ^ (own >> 10)) % _PARTS
             fill = tl.load(row + 5).to(tl.pointer_type(tl.int64)) + part
             if tl.load(fill, volatile=True) < room:
                 fills = fill + tl.zeros((BLOCK,), tl.int32)

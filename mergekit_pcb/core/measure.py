@@ -218,11 +218,7 @@ def _balances(
     ]
     sampled, taus = None, sample.task_vectors()
     if taus is not None and competing:
-        own, rows = taus[competing], Rows([intervals[t] for t in competing], len(ranks), taus)
-        first, second, clamped = torch.empty((3, *own.shape), dtype=own.dtype, device=own.device)
-        magnitude(own, rows, out=clamped)
-        given = own, clamped, taus.sum(0), rows, len(ranks)
-        sampled = score(*given, out=clamped, scratch=(first, second))
+        sampled = _sampled(taus, competing, intervals)
     guesses = sample.guesses(sampled, [[ranks[task]] for task in competing])
     thresholds = {
         task: [OrderStatistic(ranks[task], count, **guess)]
@@ -264,6 +260,25 @@ def _score(
 ) -> torch.Tensor:
     clamped = magnitude(tau, balance, out=scratch("score", tau))
     return score(tau, clamped, total, balance, tasks, out=clamped, scratch=scratch.passing(tau))
+
+
+def _sampled(
+    taus: torch.Tensor, competing: Sequence[int], intervals: Sequence[Balance]
+) -> torch.Tensor:
+    """The scores of a sample, a row for each task that competes.
+
+    An accelerator is asked for all at once; a CPU has less of them in memory one by one.
+    """
+    at_once = 1 if taus.device.type == "cpu" else len(competing)
+    total, found = taus.sum(0), []
+    for first in range(0, len(competing), at_once):
+        some = competing[first : first + at_once]
+        own, rows = taus[some], Rows([intervals[task] for task in some], len(intervals), taus)
+        one, two, clamped = torch.empty((3, *own.shape), dtype=own.dtype, device=own.device)
+        magnitude(own, rows, out=clamped)
+        given = own, clamped, total, rows, len(intervals)
+        found.append(score(*given, out=clamped, scratch=(one, two)))
+    return torch.cat(found)
 
 
 def _settle(

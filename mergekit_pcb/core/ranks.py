@@ -23,9 +23,10 @@ POOL_ELEMENTS = 1 << 17
 # Values held at the very most (16 MiB), then counted by bit pattern instead. Up to 2·10^10
 # parameters the tails at the default clip fit into half of it, and take no pass of their own.
 LARGEST_POOL = 1 << 22
-# Values that an accelerator keeps for a statistic at the most (4 MiB), rather than count them; and
-# how many of those that cells tell apart: more would wait for one another longer than they save.
-KEPT_THERE = 1 << 20
+# Values that an accelerator keeps for a statistic at the most, with room for twice as many (4 MiB),
+# rather than count them; and how many of those that cells tell apart: more would wait for one
+# another longer than they save.
+KEPT_THERE = 1 << 19
 FEW_THERE = 1 << 16
 # Where values are arrays of numpy, whose comparisons, selections and introselect are several times
 # faster than torch's on a CPU.
@@ -103,7 +104,7 @@ class OrderStatistic:
             self._dtype = values.dtype
             if self._counts is None:
                 self._counts = Cells(self.low, self.high, values.dtype, values.device)
-            if isinstance(self._counts, Cells):
+            if isinstance(self._counts, Cells):  # else all have come before, which settle refuses
                 self._counts.add_all(values, tied=self.tied)
 
     def there(self, seen: int, device: torch.device) -> Cells | Kept:
@@ -115,7 +116,7 @@ class OrderStatistic:
         self._dtype = torch.float32
         if self._counts is None:
             own, expected = (self.low, self.high), self._expected
-            most = FEW_THERE if told_apart(*own, device) else KEPT_THERE // 2
+            most = FEW_THERE if told_apart(*own, device) else KEPT_THERE
             if seen == self.count and expected is not None and expected <= most:
                 # Twice the room, and some, for parts do not fill alike.
                 self._counts = Kept(*own, 2 * expected // PARTS + 64, device)

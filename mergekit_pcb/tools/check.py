@@ -18,6 +18,7 @@ import yaml
 from mergekit.scripts import multimerge
 from pydantic import BaseModel
 
+from mergekit_pcb.core.cells import BYTES_THERE
 from mergekit_pcb.core.vectors import chunk_elements, promoted, scratch_chunks, working_dtype
 from mergekit_pcb.errors import PCBError, is_hosts, one_line
 from mergekit_pcb.files import size
@@ -193,6 +194,8 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         scratch = scratch_chunks(len(present) - 1) * chunk
         need = tensor.numel() * cast.itemsize * (len(present) + 1)
         need += scratch * working_dtype(cast).itemsize
+        if plan.device.type != "cpu":  # counts of one rank a task, or of both ends of a whole model
+            need += BYTES_THERE * (len(present) - 1) * (2 if plan.scope == MODEL else 1)
         if own_refinement := refinements.get(name):
             need += refined.working_bytes(own_refinement, working_dtype(cast).itemsize)
         if need > peak:
