@@ -90,7 +90,11 @@ class Cells:
 
     @property
     def line(self) -> list[int]:
-        """The numbers that ``gpu_kernels._take`` reads; a count's own address, no room."""
+        """The numbers that ``gpu_kernels._take`` reads.
+
+        The first and the last pattern, shift and address of the cells; then addresses of what is
+        kept and of how many each part has, and its room.
+        """
         return [self.first, self.last, self.shift, self.counts.data_ptr(), 0, 0, 0]
 
     def asked(self, rank: int) -> torch.Tensor:

@@ -96,11 +96,10 @@ class OrderStatistic:
 
     def _push_there(self, values: torch.Tensor) -> None:
         """Keep the values of a short stream; count those of a long one."""
+        self._seen += len(values)
         if self.low is None and self.high is None and self.count <= POOL_ELEMENTS:
-            self._seen += len(values)
             self._held.append(values + 0.0)
         else:
-            self._seen += len(values)
             self._dtype = values.dtype
             if self._counts is None:
                 self._counts = Cells(self.low, self.high, values.dtype, values.device)

@@ -73,7 +73,7 @@ def _magnitudes_are_right(walked: Any, taus: list[torch.Tensor]) -> bool:
         for _ in range(_MOST_WALKS):  # counts in cells need a second look
             if waiting and walked.magnitudes({0: waiting}) != largest:
                 return False
-            found = [statistic.settle() for statistic in waiting]
+            found = ranks.settle(waiting)
             for statistic, value in zip(waiting, found, strict=True):
                 if value is not None and value != float(ordered[statistic.rank]):
                     return False
