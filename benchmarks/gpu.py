@@ -60,7 +60,7 @@ def merge(tensors: list[torch.Tensor], method: str = "pcb", **more: float) -> to
     """Return the merge that is timed and compared."""
     density = {} if method == "task_arithmetic" else {"density": DENSITY}
     parameters = {"weight": 1.0, **density, **more}
-    return merge_tensors(tensors, method, base_index=0, parameters=parameters)
+    return merge_tensors(tensors, method, base_index=0, name="tensor", parameters=parameters)
 
 
 def kernels(action: Callable[[], object]) -> str:

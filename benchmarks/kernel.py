@@ -80,7 +80,11 @@ def actions(tensors: list[torch.Tensor], names: list[str]) -> dict[str, Callable
             found[name] = lambda: _released(tensors)
         else:
             found[name] = lambda name=name: merge_tensors(
-                tensors, name.partition(",")[0], base_index=0, parameters=PARAMETERS[name]
+                tensors,
+                name.partition(",")[0],
+                parameters=PARAMETERS[name],
+                base_index=0,
+                name="tensor",
             )
     return found
 

@@ -64,6 +64,15 @@ def test_a_sound_configuration(tmp_path, family):
     }
 
 
+def test_the_masks_of_dare_are_part_of_the_peak(tmp_path, family):
+    peaks = [
+        check(tmp_path, configuration(family, parameters={"dare_density": share}))[1]["peak_bytes"]
+        for share in (1.0, 0.5)
+    ]
+    largest = max(tensor.numel() for tensor in tensors(family[0]).values())
+    assert peaks[1] - peaks[0] == 3 * -(-largest // 8)
+
+
 def test_in_words(tmp_path, family):
     file = tmp_path / "config.yml"
     config = configuration(family, parameters={"scope": "model"})

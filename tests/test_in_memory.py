@@ -3,10 +3,13 @@
 import pytest
 import torch
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from mergekit.merge_methods.base import TensorGroup
 from reference import pcb as reference
 from test_adaptive import Tied
 
 from mergekit_pcb import Contributions, PCBError, combine, contributions
+from mergekit_pcb.core.measure import Recipe
+from mergekit_pcb.host import in_memory
 
 
 @pytest.mark.parametrize("given", [{"scope": "model"}, {"dare_density": 0.5}, {}], ids=str)
@@ -137,3 +140,14 @@ def test_small_slips_end_in_sentences():
     )
     with pytest.raises(PCBError, match="1 is no name of a tensor"):
         contributions({1: torch.zeros(3)}, [{1: torch.ones(3)}])
+
+
+def test_a_model_over_several_devices_is_merged_by_tensors_alone(monkeypatch):
+    groups = [
+        TensorGroup.from_tensors([torch.ones(4, device=device)] * 2, base_index=0)
+        for device in ("cpu", "meta")
+    ]
+    monkeypatch.setattr(in_memory, "is_infinite", lambda *_: False)  # it would look at values
+    recipe = Recipe.of([0.5], 1e-4, [1.0], 0, range(1))
+    with pytest.raises(PCBError, match="lie on cpu and meta; move them to one device, or use"):
+        in_memory._measured(groups, [None, None], recipe, ())

@@ -8,7 +8,7 @@ from conftest import pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_pcb.core import cells, ranks, walks
+from mergekit_pcb.core import cells, ranks, sample, walks
 from mergekit_pcb.core.cells import Cells
 from mergekit_pcb.core.ranks import OrderStatistic
 
@@ -246,3 +246,16 @@ def test_an_accelerator_needs_one_pass_with_a_guess_and_two_without():
             answer, sweeps = settled(values, rank, piece=10_000, guess=guess)
             assert answer == ordered[rank]
             assert sweeps == 1 if rank == 150_000 else sweeps <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sample_says_the_same_on_an_accelerator(dtype):
+    values = torch.randn((2, 500), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    values[1] = values[1].mul(2).round().mul(-0.25)  # ties, and zeros of both signs
+    ends = [[(0, 499), (17, 230)], [(120, 121), (250, 250)]]
+    here, there = sample._looked(values, ends), list(sample._looked_there(values, ends))
+    for row, ours, theirs in zip(values, here, there, strict=True):
+        for (low, high, below, at_most, _), found in zip(ours, theirs, strict=True):
+            assert (low, high, at_most - below) == (*found[:2], found[3] - found[2])
+            counts = (row < low).sum(), (row <= low).sum(), (row <= high).sum()
+            assert found[2:] == tuple(map(int, counts))

@@ -319,9 +319,10 @@ def _take(
             own, room = tl.program_id(0), tl.load(row + 6)
             part = (own ^ (own >> 5) ^ (own >> 10)) % _PARTS
             fill = tl.load(row + 5).to(tl.pointer_type(tl.int64)) + part
-            if tl.load(fill, volatile=True) < room:
-                fills = fill + tl.zeros((BLOCK,), tl.int32)
-                place = tl.atomic_add(fills, ones, mask=within, sem="relaxed")
+            seen = tl.load(fill + tl.zeros((BLOCK // ROW,), tl.int32), volatile=True)
+            if tl.max(seen.to(tl.int32)) < room:  # other programs go on counting meanwhile
+                each = fill + tl.zeros((BLOCK,), tl.int32)
+                place = tl.atomic_add(each, ones, mask=within, sem="relaxed")
                 kept = tl.load(row + 4).to(tl.pointer_type(tl.int32)) + part * room
                 tl.store(kept + place, pattern, mask=within & (place < room))
             else:  # more than has room: they will be counted

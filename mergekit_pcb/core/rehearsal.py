@@ -44,11 +44,21 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
     chunks = aligned.chunks(Scratch(torch.float32))
     parts = [[chunk.task_vector(task).clone() for task in range(2)] for chunk in chunks]
     taus = [torch.cat(own) for own in zip(*parts, strict=True)]
-    right = _magnitudes_are_right(walked, taus)
+    sizes, (low, high) = [tau.abs() for tau in taus], (0.0, 1.0)
+    scores, _ = _expected(taus, [Balance(low, high, 0.0, 1.0)] * 2, _WEIGHTS[0])
+    most, peaks = float(torch.stack(sizes).max()), [float(own.max()) for own in scores]
+
+    def magnitudes(waiting: list[OrderStatistic]) -> bool:
+        return bool(walked.magnitudes({0: waiting}) == most)
+
+    def all_scores(waiting: list[OrderStatistic]) -> bool:
+        return bool(walked.scores({0: waiting}, [Balance(low, high)] * 2) == peaks)
+
+    # As many at a time as merges look for.
+    right = _ranks_are_right(magnitudes, sizes[0], 2) and _ranks_are_right(all_scores, scores[0], 1)
     for threshold, weights in itertools.product(_THRESHOLDS, _WEIGHTS):
-        both = [Balance(0.0, 1.0, threshold, 1.0)] * 2
-        scores, opposite = _expected(taus, both, weights)
-        right &= walked.scores({}, both) == [float(own.max()) for own in scores]
+        both = [Balance(low, high, threshold, 1.0)] * 2
+        _, opposite = _expected(taus, both, weights)
         merged, found = torch.empty_like(base), torch.empty_like(opposite)
         right &= walked.merge(both, 2, weights, merged)
         walked.delta(both, 2, weights, 0, found)
@@ -58,20 +68,25 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
         raise RuntimeError("compiled code gives wrong numbers")
 
 
-def _magnitudes_are_right(walked: Any, taus: list[torch.Tensor]) -> bool:
-    """Whether ranks are found, also where values are kept, or equal a fence."""
-    values = taus[0].abs()
-    ordered, largest = values.sort().values, float(torch.stack(taus).abs().max())
-    count = len(values)
+def _ranks_are_right(
+    shown: Callable[[list[OrderStatistic]], bool], values: torch.Tensor, together: int
+) -> bool:
+    """Whether ranks are found, also where values are kept, are too many to be, or equal a fence.
+
+    ``shown`` shows the values to statistics, so many together, and says whether what else it finds
+    is right.
+    """
+    ordered, count = values.sort().values, len(values)
     asked = [
         OrderStatistic(3 * count // 4, count),
-        OrderStatistic(count - 3, count, low=0.0, high=8.0, expected=count),
-        OrderStatistic(count // 4, count, low=0.0, high=8.0, tied=True),
+        OrderStatistic(count - 3, count, -8.0, 8.0, expected=count),
+        OrderStatistic(count // 4, count, 0.0, 8.0, tied=True),
+        OrderStatistic(count // 2, count, -8.0, 8.0, expected=1),
     ]
-    for statistics in ([asked[0], asked[1]], [asked[2]]):
-        waiting = list(statistics)
+    for first in range(0, len(asked), together):
+        waiting = asked[first : first + together]
         for _ in range(_MOST_WALKS):  # counts in cells need a second look
-            if waiting and walked.magnitudes({0: waiting}) != largest:
+            if waiting and not shown(waiting):
                 return False
             found = ranks.settle(waiting)
             for statistic, value in zip(waiting, found, strict=True):

@@ -124,12 +124,16 @@ def _looked_there(
     ordered = values.sort(1).values
     at = ordered.gather(1, torch.tensor(ends, device=ordered.device).flatten(1))
     low, high = at[:, ::2].contiguous(), at[:, 1::2].contiguous()
+    size = ordered.itemsize
+    bits = {4: torch.int32, 8: torch.int64}[size]  # some accelerators have no float64
     numbers = [
-        low,
-        high,
+        low.view(bits).long(),
+        high.view(bits).long(),
         torch.searchsorted(ordered, low),
         torch.searchsorted(ordered, low, right=True),
         torch.searchsorted(ordered, high, right=True),
     ]
-    for rows in torch.stack([own.double() for own in numbers], -1).tolist():
-        yield [(a + 0.0, b + 0.0, int(c), int(d), int(e)) for a, b, c, d, e in rows]
+    found = torch.stack(numbers, -1).cpu().numpy()
+    both = found[..., :2].astype(f"i{size}").view(f"f{size}") + 0.0
+    for own, counts in zip(both.tolist(), found[..., 2:].tolist(), strict=True):
+        yield [(*pair, *three) for pair, three in zip(own, counts, strict=True)]

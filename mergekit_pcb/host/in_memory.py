@@ -127,6 +127,12 @@ def _measured(
     ]
     if not own:
         return None
+    if len(devices := {str(group.entries[0].tensor.device) for group, _ in own}) > 1:
+        raise PCBError(
+            "measure these models together",
+            f"their tensors lie on {' and '.join(sorted(devices))}",
+            "move them to one device, or use scope: tensor",
+        )
     ready = [
         aligned(group) if all(tensor.dtype == dtype for tensor in group.tensors) else None
         for group, dtype in own

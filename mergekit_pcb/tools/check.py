@@ -26,7 +26,7 @@ from mergekit_pcb.host import advice, refined, whole_model
 from mergekit_pcb.host.configuration import filters
 from mergekit_pcb.host.inputs import Inputs, group_of, refuse_unmergeable
 from mergekit_pcb.host.parameters import MODEL
-from mergekit_pcb.host.plan import Plan, PlanOptions
+from mergekit_pcb.host.plan import Plan, PlanOptions, values_of
 from mergekit_pcb.host.planning import plan_without_merging
 from mergekit_pcb.tools import check_base
 from mergekit_pcb.tools.check_text import (
@@ -194,6 +194,8 @@ def _sizes(report: Report, inputs: Inputs, document: dict[str, Any], reads: int)
         scratch = scratch_chunks(len(present) - 1) * chunk
         need = tensor.numel() * cast.itemsize * (len(present) + 1)
         need += scratch * working_dtype(cast).itemsize
+        thinned = sum(density < 1 for density in values_of(task)["dare_density"].values())
+        need += thinned * -(-tensor.numel() // 8)  # a bit an element
         if plan.device.type != "cpu":  # counts of one rank a task, or of both ends of a whole model
             need += BYTES_THERE * (len(present) - 1) * (2 if plan.scope == MODEL else 1)
         if own_refinement := refinements.get(name):
