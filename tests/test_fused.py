@@ -145,6 +145,37 @@ def test_where_no_further_thread_can_be_begun_one_does_it_all(monkeypatch):
     assert torch.equal(found[1], wanted[1])
 
 
+def test_a_sample_is_looked_at_without_torchs_other_threads(monkeypatch):
+    """They would go on spinning while the walk begins."""
+    before, seen = torch.get_num_threads(), []
+    sampled = measure._sampled
+
+    def look(*given):
+        seen.append(torch.get_num_threads())
+        return sampled(*given)
+
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(measure, "_sampled", look)
+    base, models = inputs(torch.float32, 600_011, 3)
+    with torch.inference_mode():
+        inside = [torch.clone(tensor) for tensor in (base, *models)]
+    torch.set_num_threads(3)
+    try:
+        found = [merged(base, models, way="1")]
+        monkeypatch.setattr(pools, "SHARED_ELEMENTS", 1 << 6)
+        found.append(merged(base, models, way="1"))
+        with torch.inference_mode():
+            found.append(merged(inside[0], inside[1:], way="1"))
+        monkeypatch.setattr(pools, "of", fail)
+        found.append(merged(base, models, way="1"))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3, 1, 1, 3]
+    assert all(torch.equal(one[1], found[0][1]) for one in found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dare", [1.0, 0.3])
 def test_large_products_have_the_same_tangents(kind, dare):

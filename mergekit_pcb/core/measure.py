@@ -163,8 +163,7 @@ def _intervals(
         if not representable(largest, len(recipe.densities), scratch.dtype):
             raise OutOfRangeError(widest)
 
-    taus = sample.task_vectors()
-    guesses = sample.guesses(None if taus is None else taus.abs(), [ranks] * len(tasks))
+    guesses = sample.guesses(torch.abs, [ranks] * len(tasks))
     ends = {
         task: [OrderStatistic(rank, count, **guess) for rank, guess in zip(ranks, own, strict=True)]
         for task, own in zip(tasks, guesses, strict=True)
@@ -216,10 +215,9 @@ def _balances(
     competing = [
         task for task, rank in enumerate(ranks) if not intervals[task].constant and rank < count
     ]
-    sampled, taus = None, sample.task_vectors()
-    if taus is not None and competing:
-        sampled = _sampled(taus, competing, intervals)
-    guesses = sample.guesses(sampled, [[ranks[task]] for task in competing])
+    guesses = sample.guesses(
+        lambda taus: _sampled(taus, competing, intervals), [[ranks[task]] for task in competing]
+    )
     thresholds = {
         task: [OrderStatistic(ranks[task], count, **guess)]
         for task, (guess,) in zip(competing, guesses, strict=True)

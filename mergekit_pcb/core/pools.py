@@ -6,9 +6,15 @@ import contextlib
 import functools
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+_Result = TypeVar("_Result")
+# From so many elements on torch lets all of its threads do an operation.
+SHARED_ELEMENTS = 1 << 15
 
 
 @functools.cache
@@ -36,6 +42,21 @@ def of(count: int, each: int) -> ThreadPoolExecutor:
         if (count, each) not in _begun:
             _begun[count, each] = _begin(count, each)
         return _begun[count, each]
+
+
+def alone(work: Callable[[], _Result], elements: int) -> _Result:
+    """Do with so many elements what torch's other threads are to take no part in.
+
+    When they have done theirs, they go on asking for more for some milliseconds, and take the
+    cores from whoever is next.
+    """
+    if elements < SHARED_ELEMENTS or torch.get_num_threads() == 1:
+        return work()
+    try:
+        worker = of(1, 1)
+    except RuntimeError:  # the system has no thread left
+        return work()
+    return worker.submit(work).result()
 
 
 _begun: dict[tuple[int, int], ThreadPoolExecutor] = {}

@@ -6,12 +6,12 @@ They decide about work, never about an answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict
 
 import torch
 
-from mergekit_pcb.core import ranks
+from mergekit_pcb.core import pools, ranks
 from mergekit_pcb.core.ranks import at_ranks, neighbour, places
 from mergekit_pcb.core.vectors import Aligned
 
@@ -43,38 +43,55 @@ class Sample:
         self._step = (count // size) | 1
         self._passed = 0
         self._parts: list[list[torch.Tensor]] = []
+        self._on_host = True
 
     def take(self, aligned: Aligned) -> None:
         """Take what is due of a tensor's elements, unless all of the scope have passed."""
-        on_host = aligned.base.device.type == ranks.HOST
-        few = FEW_ELEMENTS if on_host else ranks.POOL_ELEMENTS  # of those, a device keeps all
+        self._on_host = aligned.base.device.type == ranks.HOST
+        # Of some more, an accelerator keeps all.
+        few = FEW_ELEMENTS if self._on_host else ranks.POOL_ELEMENTS
         if self._count <= few or self._passed >= self._count:
             return
-        start = -self._passed % self._step
-        base = aligned.base[start :: self._step].to(self._dtype)
-        taken = [task[start :: self._step].to(self._dtype) - base for task in aligned.tasks]
-        for tau, mask in zip(taken, aligned.masks, strict=True):
-            if mask is not None and len(tau):
-                # The first bits instead of their own: drawing those would be drawing all.
-                mask.apply_first_(tau, torch.empty_like(tau))
-        self._parts.append(taken)
+        due = slice(-self._passed % self._step, None, self._step)
+
+        def take() -> list[torch.Tensor]:
+            base = aligned.base[due].to(self._dtype)
+            taken = [task[due].to(self._dtype) - base for task in aligned.tasks]
+            for tau, mask in zip(taken, aligned.masks, strict=True):
+                if mask is not None and len(tau):
+                    # The first bits instead of their own: drawing those would be drawing all.
+                    mask.apply_first_(tau, torch.empty_like(tau))
+            return taken
+
+        self._parts.append(self._alone(take, len(aligned) // self._step))
         self._passed += len(aligned)
 
-    def task_vectors(self) -> torch.Tensor | None:
-        """Those of all tasks, a row for each, as far as they were taken; ``None``: not at all."""
-        if not self._passed:
-            return None
-        return torch.stack([torch.cat(parts) for parts in zip(*self._parts, strict=True)])
+    def _alone(self, work: Callable[[], Any], elements: int) -> Any:
+        """Leave all cores but one alone, which walks are about to use."""
+        return pools.alone(work, elements) if self._on_host else work()
 
     def guesses(
-        self, values: torch.Tensor | None, wanted: Sequence[Sequence[int]]
+        self,
+        values_of: Callable[[torch.Tensor], torch.Tensor],
+        wanted: Sequence[Sequence[int]],
     ) -> list[list[Guess]]:
         """For every rank wanted of each task, values strictly between which its own should lie.
 
-        ``values`` are those of the sample, a row for each task; without any nothing is guessed.
+        ``values_of`` makes values of the sample's task vectors, a row for each task. Without a
+        sample nothing is guessed.
         """
-        if values is None or not values.numel():
+        count = sum(len(part[0]) for part in self._parts)
+        if not count or not wanted:
             return [[Guess() for _ in own] for own in wanted]
+
+        def look() -> list[list[Guess]]:
+            taken = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
+            return self._guessed(values_of(torch.stack(taken)), wanted)
+
+        found: list[list[Guess]] = self._alone(look, count * len(self._parts[0]))
+        return found
+
+    def _guessed(self, values: torch.Tensor, wanted: Sequence[Sequence[int]]) -> list[list[Guess]]:
         size = values.shape[1]
         found = [[places(rank, self._count, size) for rank in own] for own in wanted]
         look = _looked if values.device.type == ranks.HOST else _looked_there
