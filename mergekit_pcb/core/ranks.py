@@ -20,6 +20,8 @@ from mergekit_pcb.core.cells import PARTS, Cells, Kept, told_apart
 
 # Values held before the fences are drawn closer; doubled while the rank allows no closer ones.
 POOL_ELEMENTS = 1 << 17
+# So many times as many between two guesses: nothing closer is proven before nearly all have passed.
+MORE_BETWEEN = 8
 # Values held at the very most (16 MiB), then counted by bit pattern instead. Up to 2·10^10
 # parameters the tails at the default clip fit into half of it, and take no pass of their own.
 LARGEST_POOL = 1 << 22
@@ -78,7 +80,7 @@ class OrderStatistic:
         self._inside = 0  # low < values < high
         self._pool: list[Any] = []
         self._held: list[torch.Tensor] = []  # all values of a short stream on an accelerator
-        self._pool_limit = POOL_ELEMENTS
+        self._pool_limit = POOL_ELEMENTS * (1 if None in (low, high) else MORE_BETWEEN)
         self._expected = expected
         self._counts: Cells | Kept | None = None
 
