@@ -187,24 +187,21 @@ def _others(rows: int, columns: int, largest: int, runs: int, dtypes: tuple[str,
         for dtype_name in dtypes:
             tensors = models(shape, getattr(torch, dtype_name), tasks, step)
             timed = actions(tensors, [OURS, "task_arithmetic"])
-            timed["one thread"] = lambda: _on_one_thread(timed[OURS], threads)  # noqa: B023
             seconds = alternate(timed, runs)
             own, other = seconds[OURS], seconds["task_arithmetic"]
-            faster = ratio(seconds["one thread"], own)
+            one, all_ = (_alone(timed[OURS], runs, number) for number in (1, threads))
             mine, theirs = (statistics.median(values) * 1e3 for values in (own, other))
             print(
-                f"| {name} | {dtype_name} | {mine:.2f} | {faster:.2f} | {theirs:.2f} "
+                f"| {name} | {dtype_name} | {mine:.2f} | {one / all_:.2f} | {theirs:.2f} "
                 f"| {ratio(own, other):.2f} |",
                 flush=True,
             )
 
 
-def _on_one_thread(action: Callable[[], object], threads: int) -> object:
-    torch.set_num_threads(1)
-    try:
-        return action()
-    finally:
-        torch.set_num_threads(threads)
+def _alone(action: Callable[[], object], runs: int, threads: int) -> float:
+    """Median time on so many threads, with nothing between turns that takes memory."""
+    torch.set_num_threads(threads)
+    return statistics.median(alternate({OURS: action}, runs)[OURS])
 
 
 def _memory_in_own_process(

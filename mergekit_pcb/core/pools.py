@@ -53,10 +53,10 @@ def alone(work: Callable[[], _Result], elements: int) -> _Result:
     if elements < SHARED_ELEMENTS or torch.get_num_threads() == 1:
         return work()
     try:
-        worker = of(1, 1)
-    except RuntimeError:  # the system has no thread left
+        begun = of(1, 1).submit(work)
+    except RuntimeError:  # the system has no thread left, or the interpreter ends
         return work()
-    return worker.submit(work).result()
+    return begun.result()
 
 
 _begun: dict[tuple[int, int], ThreadPoolExecutor] = {}
