@@ -79,7 +79,7 @@ ARROWS = {
         "core.tally",
         "core.vectors",
     },
-    "core.sample": {"core.pools", "core.ranks", "core.vectors"},
+    "core.sample": {"core.cells", "core.pools", "core.ranks", "core.vectors"},
     "core.merge": {"core.formulas", "core.fused", "core.measure", "core.vectors"},
     "core.matrices": {"core.vectors"},
     "core.products": {"core.pools"},

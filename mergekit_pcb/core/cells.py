@@ -182,24 +182,25 @@ def _spare(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(count, device=device) % SPARE_CELLS
 
 
-_BITS = {torch.float32: (torch.int32, 0x7FFFFFFF), torch.float64: (torch.int64, 2**63 - 1)}
-_KINDS = {torch.float32: ("f4", "i4"), torch.float64: ("f8", "i8")}
+#: What the bits of values are taken for, by torch and by numpy.
+BITS = {torch.float32: (torch.int32, 0x7FFFFFFF), torch.float64: (torch.int64, 2**63 - 1)}
+KINDS = {torch.float32: ("f4", "i4"), torch.float64: ("f8", "i8")}
 
 
 def _pattern(values: torch.Tensor) -> torch.Tensor:
     """Integers in the order of the values; both zeros, which compare equal, become 0."""
-    integer, magnitude = _BITS[values.dtype]
+    integer, magnitude = BITS[values.dtype]
     bits = values.view(integer)
     return torch.where(bits < 0, -(bits & magnitude).long(), bits.long())
 
 
 def _pattern_of(value: float, dtype: torch.dtype) -> int:
-    bits = int(numpy.array(value, _KINDS[dtype][0]).view(_KINDS[dtype][1]))
-    return bits if bits >= 0 else -(bits & _BITS[dtype][1])
+    bits = int(numpy.array(value, KINDS[dtype][0]).view(KINDS[dtype][1]))
+    return bits if bits >= 0 else -(bits & BITS[dtype][1])
 
 
 def _value_of(pattern: int, dtype: torch.dtype) -> float | None:
     """The value of a pattern; ``None`` for one beyond infinity, where no fence is needed."""
-    bits: Any = numpy.array(abs(pattern), _KINDS[dtype][1])
-    value = float(bits.view(_KINDS[dtype][0]))
+    bits: Any = numpy.array(abs(pattern), KINDS[dtype][1])
+    value = float(bits.view(KINDS[dtype][0]))
     return None if value != value else math.copysign(value, pattern)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -44,21 +45,21 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
     chunks = aligned.chunks(Scratch(torch.float32))
     parts = [[chunk.task_vector(task).clone() for task in range(2)] for chunk in chunks]
     taus = [torch.cat(own) for own in zip(*parts, strict=True)]
-    sizes, (low, high) = [tau.abs() for tau in taus], (0.0, 1.0)
-    scores, _ = _expected(taus, [Balance(low, high, 0.0, 1.0)] * 2, _WEIGHTS[0])
+    sizes, intervals = [tau.abs() for tau in taus], [Balance(0.0, 1.0)] * 2
+    scores = _scores(taus, intervals)
     most, peaks = float(torch.stack(sizes).max()), [float(own.max()) for own in scores]
 
     def magnitudes(waiting: list[OrderStatistic]) -> bool:
         return bool(walked.magnitudes({0: waiting}) == most)
 
     def all_scores(waiting: list[OrderStatistic]) -> bool:
-        return bool(walked.scores({0: waiting}, [Balance(low, high)] * 2) == peaks)
+        return bool(walked.scores({0: waiting}, intervals) == peaks)
 
     # As many at a time as merges look for.
     right = _ranks_are_right(magnitudes, sizes[0], 2) and _ranks_are_right(all_scores, scores[0], 1)
     for threshold, weights in itertools.product(_THRESHOLDS, _WEIGHTS):
-        both = [Balance(low, high, threshold, 1.0)] * 2
-        _, opposite = _expected(taus, both, weights)
+        both = [replace(own, threshold=threshold, peak=1.0) for own in intervals]
+        opposite = _opposite(taus, both, weights)
         merged, found = torch.empty_like(base), torch.empty_like(opposite)
         right &= walked.merge(both, 2, weights, merged)
         walked.delta(both, 2, weights, 0, found)
@@ -98,21 +99,29 @@ def _ranks_are_right(
     return True
 
 
-def _expected(
-    taus: list[torch.Tensor], balances: list[Balance], weights: tuple[float, float]
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The scores, and the weighted merge of the task vectors, by torch's operations."""
-    total = taus[0] + taus[1]
-    numerator, divisor, all_scores = torch.zeros_like(total), torch.zeros_like(total), []
-    for tau, balance, weight in zip(taus, balances, weights, strict=True):
+def _scores(taus: list[torch.Tensor], balances: list[Balance]) -> list[torch.Tensor]:
+    """By torch's operations."""
+    total, found = taus[0] + taus[1], []
+    for tau, balance in zip(taus, balances, strict=True):
         first, second, third = tau.new_empty((3, len(tau)))
-        clamped = magnitude(tau, balance, out=torch.empty_like(tau))
-        scores = score(tau, clamped, total, balance, 2, out=first, scratch=(second, third))
-        all_scores.append(scores.clone())
+        clamped = magnitude(tau, balance, out=first)
+        found.append(score(tau, clamped, total, balance, 2, out=first, scratch=(second, third)))
+    return found
+
+
+def _opposite(
+    taus: list[torch.Tensor], balances: list[Balance], weights: tuple[float, float]
+) -> torch.Tensor:
+    """The weighted merge of the task vectors, by torch's operations."""
+    numerator, divisor = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
+    given = zip(taus, _scores(taus, balances), balances, weights, strict=True)
+    for tau, scores, balance, weight in given:
+        clamped, scratch = tau.new_empty((2, len(tau)))
         share = rescale_(scores, balance)
         divisor += share
-        numerator += share.mul_(signed_(clamped, tau, scratch=second)).mul_(weight)
-    return all_scores, numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
+        signed = signed_(magnitude(tau, balance, out=clamped), tau, scratch=scratch)
+        numerator += share.mul_(signed).mul_(weight)
+    return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 
 def looks(compiled: Any) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 
 from mergekit_pcb.core import pools, ranks
+from mergekit_pcb.core.cells import BITS, KINDS
 from mergekit_pcb.core.ranks import at_ranks, neighbour, places
 from mergekit_pcb.core.vectors import Aligned
 
+_Result = TypeVar("_Result")
 # Elements of each task in the sample that guesses where thresholds lie: a share of the two-thirds
 # power of all, which balances looking at a sample against keeping what its guess leaves open (one
 # or two in a hundred of a large tensor), up to 4 MiB a task.
@@ -43,13 +45,11 @@ class Sample:
         self._step = (count // size) | 1
         self._passed = 0
         self._parts: list[list[torch.Tensor]] = []
-        self._on_host = True
 
     def take(self, aligned: Aligned) -> None:
         """Take what is due of a tensor's elements, unless all of the scope have passed."""
-        self._on_host = aligned.base.device.type == ranks.HOST
-        # Of some more, an accelerator keeps all.
-        few = FEW_ELEMENTS if self._on_host else ranks.POOL_ELEMENTS
+        on_host = aligned.base.device.type == ranks.HOST
+        few = FEW_ELEMENTS if on_host else ranks.POOL_ELEMENTS  # of those, a device keeps all
         if self._count <= few or self._passed >= self._count:
             return
         due = slice(-self._passed % self._step, None, self._step)
@@ -63,12 +63,8 @@ class Sample:
                     mask.apply_first_(tau, torch.empty_like(tau))
             return taken
 
-        self._parts.append(self._alone(take, len(aligned) // self._step))
+        self._parts.append(_alone(take, len(aligned) // self._step, aligned.base))
         self._passed += len(aligned)
-
-    def _alone(self, work: Callable[[], Any], elements: int) -> Any:
-        """Leave all cores but one alone, which walks are about to use."""
-        return pools.alone(work, elements) if self._on_host else work()
 
     def guesses(
         self,
@@ -88,8 +84,7 @@ class Sample:
             taken = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
             return self._guessed(values_of(torch.stack(taken)), wanted)
 
-        found: list[list[Guess]] = self._alone(look, count * len(self._parts[0]))
-        return found
+        return _alone(look, count * len(self._parts[0]), self._parts[0][0])
 
     def _guessed(self, values: torch.Tensor, wanted: Sequence[Sequence[int]]) -> list[list[Guess]]:
         size = values.shape[1]
@@ -114,6 +109,11 @@ class Sample:
                     guess["expected"] = math.ceil(inside / size * self._count)
                 guesses[-1].append(guess)
         return guesses
+
+
+def _alone(work: Callable[[], _Result], elements: int, like: torch.Tensor) -> _Result:
+    """Leave a processor's other cores alone, which walks are about to use."""
+    return pools.alone(work, elements) if like.device.type == ranks.HOST else work()
 
 
 #: Values at both ends of a guess; how many are below and at most the first, and at most the second.
@@ -141,9 +141,8 @@ def _looked_there(
     ordered = values.sort(1).values
     at = ordered.gather(1, torch.tensor(ends, device=ordered.device).flatten(1))
     low, high = at[:, ::2].contiguous(), at[:, 1::2].contiguous()
-    size = ordered.itemsize
-    bits = {4: torch.int32, 8: torch.int64}[size]  # some accelerators have no float64
-    numbers = [
+    (bits, _), (real, whole) = BITS[ordered.dtype], KINDS[ordered.dtype]
+    numbers = [  # integers, for some accelerators have no float64
         low.view(bits).long(),
         high.view(bits).long(),
         torch.searchsorted(ordered, low),
@@ -151,6 +150,6 @@ def _looked_there(
         torch.searchsorted(ordered, high, right=True),
     ]
     found = torch.stack(numbers, -1).cpu().numpy()
-    both = found[..., :2].astype(f"i{size}").view(f"f{size}") + 0.0
+    both = found[..., :2].astype(whole).view(real) + 0.0
     for own, counts in zip(both.tolist(), found[..., 2:].tolist(), strict=True):
         yield [(*pair, *three) for pair, three in zip(own, counts, strict=True)]
