@@ -37,6 +37,7 @@ NOT_RUN = {
     "mv merged": "the same",
     "cp adapters": "the same",
     "python examples/python/adamerge.py": "test_examples.py runs it",
+    "python -m benchmarks": "they take a GPU; test_benchmarks.py runs what needs none",
 }
 
 
