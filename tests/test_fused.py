@@ -191,7 +191,14 @@ def test_large_products_have_the_same_tangents(kind, dare):
 
 def test_compiled_code_draws_the_masks_of_numpys_generator():
     philox_key = dare.key(3, 1, "model.layers.0.mlp.up_proj.weight")
-    for counter, count, fence in ((0, 1, 0), (7, 1000, 65535), (1 << 40, 4096, 30_000)):
+    for counter, count, fence in (
+        (0, 1, 0),
+        (7, 1000, 65535),
+        (1 << 40, 4096, 30_000),
+        ((1 << 64) - 1, 300, 30_000),  # its upper half changes at once,
+        ((1 << 64) - 20, 1000, 30_000),  # or later
+        ((5 << 64) - 16, 1000, 30_000),
+    ):
         for found, expected in zip(
             philox.against(philox_key, counter, count, fence),
             dare.against(philox_key, counter, count, fence),

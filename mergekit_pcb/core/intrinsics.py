@@ -74,7 +74,7 @@ def _lanes(comparison: str, kind: Any, bits: Any) -> Any:
             taken = builder.load(
                 builder.bitcast(place, vector.as_pointer()), align=kind.bitwidth // 8
             )
-            fence = _all(builder, arguments[2], vector)
+            fence = repeated(builder, arguments[2], vector)
             compares = builder.fcmp_ordered if kind == types.float32 else builder.icmp_unsigned
             return builder.bitcast(compares(comparison, taken, fence), ir.IntType(STRIP))
 
@@ -104,7 +104,7 @@ def thin_strip(_context, values, start, packed, byte, factor):
         word = builder.bitcast(builder.gep(masks, [arguments[3]]), ir.IntType(STRIP).as_pointer())
         kept = builder.bitcast(builder.load(word, align=1), ir.VectorType(ir.IntType(1), STRIP))
         one, zero = (ir.Constant(vector, [number] * STRIP) for number in (1.0, 0.0))
-        scaled = builder.fmul(builder.load(place, align=4), _all(builder, arguments[4], vector))
+        scaled = builder.fmul(builder.load(place, align=4), repeated(builder, arguments[4], vector))
         thinned = builder.fadd(builder.fmul(scaled, builder.select(kept, one, zero)), zero)
         builder.store(thinned, place, align=4)
         return context.get_dummy_value()
@@ -112,7 +112,7 @@ def thin_strip(_context, values, start, packed, byte, factor):
     return types.void(values, types.intp, packed, types.intp, types.float32), generate
 
 
-def _all(builder: Any, number: Any, vector: Any) -> Any:
+def repeated(builder: Any, number: Any, vector: Any) -> Any:
     """A vector of one number."""
     nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
@@ -134,20 +134,6 @@ def first_of(_context, bits):
         return builder.and_(found, ir.Constant(ir.IntType(64), STRIP - 1))
 
     return types.uint64(bits), generate
-
-
-@intrinsic
-def whole_product(_context, a, b):
-    """The upper and the lower 64 bits of one product."""
-
-    def generate(context, builder, signature, arguments):
-        wide, narrow = ir.IntType(128), ir.IntType(64)
-        product = builder.mul(*(builder.zext(argument, wide) for argument in arguments))
-        upper = builder.lshr(product, ir.Constant(wide, 64))
-        halves = [builder.trunc(half, narrow) for half in (upper, product)]
-        return context.make_tuple(builder, signature.return_type, halves)
-
-    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
 
 
 def wide(value):
