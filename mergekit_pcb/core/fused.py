@@ -27,7 +27,7 @@ from mergekit_pcb.core.tally import Lines, Open, Room, Tally
 from mergekit_pcb.core.vectors import Aligned
 
 LOG = logging.getLogger(__name__)
-#: The environment variable that turns compiled loops off (``0``), or on for tensors of any size.
+#: The environment variable that turns compiled loops off (``0``), or on at the first tensor (``1``)
 SWITCH = "MERGEKIT_PCB_COMPILED"
 # What is made of so many elements of a few tasks fits into a core's first cache; whole strips.
 BLOCK_ELEMENTS = 1 << 8
@@ -36,8 +36,6 @@ BLOCK_ELEMENTS = 1 << 8
 SMALLEST_PIECE = 1 << 15
 LARGEST_PIECE = 1 << 18
 PIECES_PER_THREAD = 8
-# Elements of a tensor below which torch's own operations are as good.
-SMALLEST = 1 << 12
 # Elements from which on loading the loops, most of a second, pays (compiling them takes some more,
 # once after installation).
 WORTH_LOADING = 1 << 22
@@ -52,7 +50,7 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
     """The tensor for compiled walks in this precision; ``None`` where there are none for it."""
     kind, device, chosen = aligned.base.dtype, aligned.base.device, os.environ.get(SWITCH)
     loaded = (str(device), kind) in _ready
-    least = 1 if chosen == "1" else SMALLEST if loaded else WORTH_LOADING
+    least = 1 if loaded or chosen == "1" else WORTH_LOADING
     if device.type != "cpu":  # which keeps the values of short streams
         least = max(least, ranks.POOL_ELEMENTS + 1)
     if (
