@@ -69,13 +69,15 @@ class Rows:
         return self._factors
 
 
-def table(balances: Sequence[Balance], tasks: int, weights: Sequence[float]) -> Any:
-    """What compiled loops take of ``balances``, as float32: a row per task.
+def table(
+    balances: Sequence[Balance], tasks: int, weights: Sequence[float], precision: str = "f4"
+) -> Any:
+    """What compiled loops take of ``balances``, in numpy's name of a precision: a row per task.
 
     ``low, high, √(n log₂ e) / (high − low), n log₂ e, threshold, peak − threshold, its inverse,
     weight, whether it competes``, where ``n`` is the number of ``tasks``.
     """
-    rows = numpy.zeros((len(balances), COLUMNS), "f4")
+    rows = numpy.zeros((len(balances), COLUMNS), precision)
     with numpy.errstate(divide="ignore", over="ignore"):  # the inverse of a subnormal number
         for row, b, weight in zip(rows, balances, weights, strict=True):
             row[:4] = b.low, b.high, 0 if b.constant else b.factor(tasks), tasks * LOG2_E
@@ -129,79 +131,125 @@ def score(
     return intra.mul_(tanh_(torch.mul(tau, total, out=scratch[0]), scratch=scratch[1]))
 
 
-# 2^f for f from -0.5 to 0.5, by powers of f: the polynomial of least relative error (2e-9) whose
-# first coefficient is 1, rounded to float32. With float32 arithmetic it is within 1.2 units in the
-# last place.
-POWER_OF_TWO = tuple(
-    map(
-        float.fromhex,
-        (
-            "0x1p+0", "0x1.62e430p-1", "0x1.ebfbdcp-3", "0x1.c6aee8p-5", "0x1.3b2d4cp-7",
-            "0x1.5f3e52p-10", "0x1.41fbbcp-13",
-        ),
-    )
+@dataclass(frozen=True)
+class Elementary:
+    """How powers of two and hyperbolic tangents are computed in one precision.
+
+    They are spelled out, because libraries' own differ from one processor to the next, and compiled
+    loops could not follow them. All are within two units in the last place.
+    """
+
+    #: 2^f for f from -0.5 to 0.5, by powers of f: the polynomial of least relative error whose
+    #: first coefficient is 1, rounded to this precision.
+    power_of_two: tuple[float, ...]
+    #: Added to a small number, it leaves no room for a fraction.
+    rounding: float
+    #: The least exponent of a number that is not subnormal.
+    least_exponent: float
+    #: Integers of as many bits, and how many of these are the fraction's.
+    integer: torch.dtype
+    fraction: int
+    #: Up to here z − z³/3 is tanh z to within rounding.
+    small: float
+    #: Up to ``MIDDLE`` z + z³ P(z²) is, with P the polynomial of least relative error, rounded to
+    #: this precision; beyond, (1 − t) / (1 + t) with t = exp(−2 |z|).
+    hyperbolic: tuple[float, ...]
+
+
+MIDDLE = 0.625
+# Relative errors of the polynomials: 2e-9 and 4e-9.
+SINGLE = Elementary(
+    power_of_two=tuple(
+        map(
+            float.fromhex,
+            (
+                "0x1p+0", "0x1.62e430p-1", "0x1.ebfbdcp-3", "0x1.c6aee8p-5", "0x1.3b2d4cp-7",
+                "0x1.5f3e52p-10", "0x1.41fbbcp-13",
+            ),
+        )
+    ),
+    rounding=1.5 * 2.0**23,
+    least_exponent=-126.0,
+    integer=torch.int32,
+    fraction=23,
+    small=2.0**-6,
+    hyperbolic=tuple(
+        map(
+            float.fromhex,
+            (
+                "-0x1.555532p-2", "0x1.110726p-3", "-0x1.b83c58p-5", "0x1.522692p-6",
+                "-0x1.75e1a8p-8",
+            ),
+        )
+    ),
 )  # fmt: skip
-# Added to a small number, it leaves no room for a fraction.
-ROUNDING = 1.5 * 2.0**23
-# The least exponent of a number that is not subnormal.
-LEAST_EXPONENT = -126.0
+# Relative errors of the polynomials: 3e-18 and 1e-17.
+DOUBLE = Elementary(
+    power_of_two=tuple(
+        map(
+            float.fromhex,
+            (
+                "0x1p+0", "0x1.62e42fefa39efp-1", "0x1.ebfbdff82c5a4p-3", "0x1.c6b08d7049fe8p-5",
+                "0x1.3b2ab6fba0119p-7", "0x1.5d87fe78cd6e2p-10", "0x1.4309130ed8f0ap-13",
+                "0x1.ffcbfba97cbfap-17", "0x1.62bfc79cf6aadp-20", "0x1.b5267ce6d1bf2p-24",
+                "0x1.e61b502708e4cp-28", "0x1.e79bae7fbaf41p-32",
+            ),
+        )
+    ),
+    rounding=1.5 * 2.0**52,
+    least_exponent=-1022.0,
+    integer=torch.int64,
+    fraction=52,
+    small=2.0**-13,
+    hyperbolic=tuple(
+        map(
+            float.fromhex,
+            (
+                "-0x1.55555555554ffp-2", "0x1.111111110accfp-3", "-0x1.ba1ba1b506558p-5",
+                "0x1.664f477adc3acp-6", "-0x1.226e162c15e41p-7", "0x1.d6cf2811ea851p-9",
+                "-0x1.7d68a34ab373fp-10", "0x1.3366137ae7b58p-11", "-0x1.df557dd3e877dp-13",
+                "0x1.439129adc171cp-14", "-0x1.0da736708bfcbp-16",
+            ),
+        )
+    ),
+)  # fmt: skip
+ELEMENTARY = {torch.float32: SINGLE, torch.float64: DOUBLE}
 
 
 def power_of_two_(y: torch.Tensor, *, scratch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """2 to the power of numbers that are not above 0, in place.
 
-    In float32 it is spelled out, because torch's own differs from one processor to the next, and
-    compiled loops could not follow it. ``LEAST_EXPONENT`` takes the place of what is
-    less: only with more than 87 tasks is anything, and :func:`tellable` asks for float64 long
-    before that matters.
+    The least exponent takes the place of what is less: in float32 only with more than 87 tasks is
+    anything, and :func:`tellable` asks for float64 long before that matters.
     """
-    if y.dtype != torch.float32:
-        return y.mul_(1 / LOG2_E).exp_()
-    whole = torch.add(y.clamp_(min=LEAST_EXPONENT), ROUNDING, out=scratch[0]).sub_(ROUNDING)
-    fraction = y.sub_(whole)
-    powers = torch.mul(fraction, POWER_OF_TWO[-1], out=scratch[1])
-    for coefficient in POWER_OF_TWO[-2:0:-1]:
+    own = ELEMENTARY[y.dtype]
+    whole = torch.add(y.clamp_(min=own.least_exponent), own.rounding, out=scratch[0])
+    fraction = y.sub_(whole.sub_(own.rounding))
+    powers = torch.mul(fraction, own.power_of_two[-1], out=scratch[1])
+    for coefficient in own.power_of_two[-2:0:-1]:
         powers.add_(coefficient).mul_(fraction)
-    powers.add_(POWER_OF_TWO[0])
-    bits = whole.view(torch.int32).copy_(whole.to(torch.int32)).add_(127).bitwise_left_shift_(23)
-    return torch.mul(powers, bits.view(torch.float32), out=y)
-
-
-# Below this, z − z³/3 is tanh z to within float32 rounding: the next term is 8e-9 of it.
-SMALL = 2.0**-6
-# Up to here z + z³ P(z²) is, with P the polynomial of least relative error (4e-9), rounded to
-# float32; beyond, (1 − t) / (1 + t) with t = exp(−2 |z|). All are within two units in the last
-# place.
-MIDDLE = 0.625
-HYPERBOLIC = tuple(
-    map(
-        float.fromhex,
-        (
-            "-0x1.555532p-2", "0x1.110726p-3", "-0x1.b83c58p-5", "0x1.522692p-6",
-            "-0x1.75e1a8p-8",
-        ),
-    )
-)  # fmt: skip
+    powers.add_(own.power_of_two[0])
+    bits = whole.view(own.integer).copy_(whole.to(own.integer))
+    bits.add_(-int(own.least_exponent) + 1).bitwise_left_shift_(own.fraction)
+    return torch.mul(powers, bits.view(y.dtype), out=y)
 
 
 def tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
-    """Tanh in place; in float32 spelled out, as :func:`power_of_two_` is.
+    """Tanh in place.
 
     Real models have tiny products, for which it is short. Each element's value depends on that
     element alone, whichever way a chunk is computed.
     """
-    if z.dtype != torch.float32:
-        return z.tanh_()
-    largest = math.inf
+    own, largest = ELEMENTARY[z.dtype], math.inf
     if z.device.type == "cpu":  # elsewhere it would be waited for
         lowest, highest = torch.aminmax(z)
         largest = float(torch.maximum(-lowest, highest))
     square = torch.mul(z, z, out=scratch)
-    if largest <= SMALL:
+    if largest <= own.small:
         return z.add_(square.mul_(z).mul_(-1 / 3))
     size = z.abs()
-    polynomial = square * HYPERBOLIC[-1]
-    for coefficient in HYPERBOLIC[-2::-1]:
+    polynomial = square * own.hyperbolic[-1]
+    for coefficient in own.hyperbolic[-2::-1]:
         polynomial.add_(coefficient).mul_(square)
     found = polynomial.mul_(z).add_(z)
     if largest > MIDDLE:
@@ -209,7 +257,7 @@ def tanh_(z: torch.Tensor, *, scratch: torch.Tensor) -> torch.Tensor:
         far = torch.copysign((1 - t).div_(1 + t), z)
         found = torch.where(size <= MIDDLE, found, far)
     series = square.mul_(z).mul_(-1 / 3).add_(z)
-    return z.copy_(torch.where(size <= SMALL, series, found))
+    return z.copy_(torch.where(size <= own.small, series, found))
 
 
 def rescale_(scores: torch.Tensor, balance: Balance) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mergekit_pcb.core import dare, pools, ranks, rehearsal
 from mergekit_pcb.core.formulas import SMALLEST_DIVISOR, Balance, table
 from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU, current
 from mergekit_pcb.core.tally import Lines, Open, Room, Tally
-from mergekit_pcb.core.vectors import Aligned
+from mergekit_pcb.core.vectors import Aligned, working_dtype
 
 LOG = logging.getLogger(__name__)
 #: The environment variable that turns compiled loops off (``0``), or on at the first tensor (``1``)
@@ -42,8 +42,8 @@ WORTH_LOADING = 1 << 22
 _ready: set[tuple[str, torch.dtype]] = set()
 #: Who compiles loops for tensors on a device.
 _COMPILERS = {"cpu": "numba", "cuda": "Triton"}
-# What numpy takes the bits of a dtype for.
-_KINDS = {torch.float32: "f4", torch.bfloat16: "u2", torch.float16: "i2"}
+# What numpy takes the bits of a dtype for, and how it calls the precision of arithmetic.
+_KINDS = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "u2", torch.float16: "i2"}
 
 
 def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
@@ -56,10 +56,10 @@ def of(aligned: Aligned, dtype: torch.dtype) -> Fused | OnGPU | None:
     if (
         chosen == "0"
         or len(aligned) < least
-        or dtype != torch.float32
+        or dtype != working_dtype(kind)
         or kind not in _KINDS
         or device.type not in _COMPILERS
-        or (device.type != "cpu" and len(aligned.tasks) > MOST_TASKS)
+        or (device.type != "cpu" and (dtype != torch.float32 or len(aligned.tasks) > MOST_TASKS))
         or any(
             tensor.device != device or tensor.dtype != kind or not tensor.is_contiguous()
             for tensor in (aligned.base, *aligned.tasks)
@@ -118,7 +118,8 @@ class Fused:
         self._aligned, self._loops, self._count = aligned, walks, len(aligned.tasks)
         self._base = _bits(aligned.base)
         self._addresses = numpy.array([task.data_ptr() for task in aligned.tasks], "i8")
-        self._factors = numpy.array(aligned.factors, "f4")
+        self._precision = _KINDS[working_dtype(aligned.base.dtype)]
+        self._factors = numpy.array(aligned.factors, self._precision)
 
     def magnitudes(self, open_: Open) -> float:
         """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
@@ -138,16 +139,16 @@ class Fused:
             tally.give()
 
         self._walk(work)
-        return _number(max(largest))
+        return self._number(max(largest))
 
     def scores(self, open_: Open, intervals: Sequence[Balance]) -> list[float]:
         """Show the statistics all scores; the largest of each task."""
-        lines, rows = Lines(open_), table(intervals, len(intervals), [0.0] * self._count)
+        lines, rows = Lines(open_), self._table(intervals, len(intervals), [0.0] * self._count)
         peaks: list[Any] = []
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = Tally(lines, room)
-            most = numpy.full(self._count, -math.inf, "f4")
+            most = numpy.full(self._count, -math.inf, self._precision)
             own = room.tau, room.total, rows, room.values, room.bits, *room.products, most
             for first, end in pieces:
                 inputs, start = self._inputs(room, first, end), first
@@ -169,7 +170,7 @@ class Fused:
 
         ``out`` has the inputs' dtype.
         """
-        rows, written, largest = table(balances, tasks, factors), _bits(out), [0]
+        rows, written, largest = self._table(balances, tasks, factors), _bits(out), [0]
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             own = self._scored(room, rows)
@@ -178,7 +179,7 @@ class Fused:
                 largest.append(self._loops.walk_merge(*given))
 
         self._walk(work)
-        return _number(max(largest)) <= torch.finfo(out.dtype).max
+        return self._number(max(largest)) <= torch.finfo(out.dtype).max
 
     def delta(
         self,
@@ -190,9 +191,10 @@ class Fused:
     ) -> None:
         """Write ``Σ_i factor_i w_i τ̂_i / max(Σ_i w_i, 1e-12)`` of elements from ``begin`` on.
 
-        ``out`` is in float32, as long as there are elements, and ``begin`` a multiple of 8.
+        ``out`` is in the precision of arithmetic, as long as there are elements, and ``begin`` a
+        multiple of 8.
         """
-        rows, written = table(balances, tasks, factors), out.numpy()
+        rows, written = self._table(balances, tasks, factors), out.numpy()
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             own = self._scored(room, rows)
@@ -203,8 +205,16 @@ class Fused:
         self._walk(work, begin, begin + len(out))
 
     def _scored(self, room: Room, rows: Any) -> tuple[Any, ...]:
-        smallest = numpy.float32(SMALLEST_DIVISOR)
+        smallest = rows.dtype.type(SMALLEST_DIVISOR)
         return room.tau, room.total, rows, room.values, *room.products, smallest
+
+    def _table(self, balances: Sequence[Balance], tasks: int, weights: Sequence[float]) -> Any:
+        return table(balances, tasks, weights, self._precision)
+
+    def _number(self, bits: int) -> float:
+        """The number that has these bits."""
+        whole = self._precision.replace("f", "i")
+        return float(numpy.array(bits, whole).view(self._precision))
 
     def _inputs(self, room: Room, first: int, end: int) -> tuple[Any, ...]:
         """What the loops read of a piece; masks are given as bits."""
@@ -235,7 +245,8 @@ class Fused:
                 yield start, min(start + size, end)
 
         def run() -> None:
-            room = Room.of_thread(self._count, BLOCK_ELEMENTS, LARGEST_PIECE + BLOCK_ELEMENTS)
+            piece = LARGEST_PIECE + BLOCK_ELEMENTS
+            room = Room.of_thread(self._count, BLOCK_ELEMENTS, piece, self._precision)
             work(room, pieces())
 
         helpers = min(threads, -(-(end - begin) // size)) - 1
@@ -254,10 +265,5 @@ class Fused:
 
 def _bits(tensor: torch.Tensor) -> Any:
     """The same memory as the loops take it."""
-    plain = tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)
+    plain = tensor if tensor.itemsize > 2 else tensor.view(torch.int16)
     return plain.numpy().view(_KINDS[tensor.dtype])
-
-
-def _number(bits: int) -> float:
-    """The float32 that has these bits."""
-    return float(numpy.int32(bits).view("f4"))

@@ -19,27 +19,17 @@ import triton
 import triton.language as tl
 
 from mergekit_pcb.core.cells import LINE, PARTS
-from mergekit_pcb.core.formulas import (
-    COLUMNS,
-    HYPERBOLIC,
-    LEAST_EXPONENT,
-    LOG2_E,
-    MIDDLE,
-    POWER_OF_TWO,
-    ROUNDING,
-    SMALL,
-    SMALLEST_DIVISOR,
-)
+from mergekit_pcb.core.formulas import COLUMNS, LOG2_E, MIDDLE, SINGLE, SMALLEST_DIVISOR
 
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(tl.constexpr, POWER_OF_TWO)
-_H0, _H1, _H2, _H3, _H4 = map(tl.constexpr, HYPERBOLIC)
-_ROUNDING, _LEAST = tl.constexpr(ROUNDING), tl.constexpr(LEAST_EXPONENT)
-_SMALL, _MIDDLE = tl.constexpr(SMALL), tl.constexpr(MIDDLE)
+_C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(tl.constexpr, SINGLE.power_of_two)
+_H0, _H1, _H2, _H3, _H4 = map(tl.constexpr, SINGLE.hyperbolic)
+_ROUNDING, _LEAST = tl.constexpr(SINGLE.rounding), tl.constexpr(SINGLE.least_exponent)
+_SMALL, _MIDDLE = tl.constexpr(SINGLE.small), tl.constexpr(MIDDLE)
 _MINUS_2_LOG2_E, _MINUS_THIRD = tl.constexpr(-2 * LOG2_E), tl.constexpr(-1 / 3)
 _SMALLEST_DIVISOR, _MAGNITUDE = tl.constexpr(SMALLEST_DIVISOR), tl.constexpr(0x7FFFFFFF)
 _LINE, _COLUMNS, _PARTS = tl.constexpr(LINE), tl.constexpr(COLUMNS), tl.constexpr(PARTS)
 _SMALL_BITS, _MIDDLE_BITS = (
-    tl.constexpr(int(numpy.float32(x).view("i4"))) for x in (SMALL, MIDDLE)
+    tl.constexpr(int(numpy.float32(x).view("i4"))) for x in (SINGLE.small, MIDDLE)
 )
 
 

@@ -58,33 +58,33 @@ def read(_context, address, place, like):
     return like.dtype(types.intp, types.intp, like), generate
 
 
-def _lanes(comparison: str, kind: Any, bits: Any) -> Any:
+def _lanes(comparison: str) -> Any:
     """A comparison of the 64 values from a place on with a number, a bit each, lowest first.
 
-    Compilers make a few instructions on vectors of it, as they do of no loop. ``kind`` is that of
-    the values to numba, and ``bits`` to LLVM.
+    Compilers make a few instructions on vectors of it, as they do of no loop.
     """
 
     @intrinsic
     def compare(_context, values, start, number):
         def generate(context, builder, signature, arguments):
+            kind = signature.args[0].dtype
             array = context.make_array(signature.args[0])(context, builder, arguments[0])
-            vector = ir.VectorType(bits, STRIP)
+            vector = ir.VectorType(context.get_data_type(kind), STRIP)
             place = builder.gep(array.data, [arguments[1]])
             taken = builder.load(
                 builder.bitcast(place, vector.as_pointer()), align=kind.bitwidth // 8
             )
             fence = repeated(builder, arguments[2], vector)
-            compares = builder.fcmp_ordered if kind == types.float32 else builder.icmp_unsigned
+            real = isinstance(kind, types.Float)
+            compares = builder.fcmp_ordered if real else builder.icmp_unsigned
             return builder.bitcast(compares(comparison, taken, fence), ir.IntType(STRIP))
 
-        return types.uint64(values, types.intp, kind), generate
+        return types.uint64(values, types.intp, values.dtype), generate
 
     return compare
 
 
-above, below = (_lanes(sign, types.float32, ir.FloatType()) for sign in "><")
-words_below, words_equal = (_lanes(sign, types.uint16, ir.IntType(16)) for sign in ("<", "=="))
+above, below, equal = (_lanes(sign) for sign in (">", "<", "=="))
 
 
 @intrinsic
@@ -99,17 +99,20 @@ def thin_strip(_context, values, start, packed, byte, factor):
             context.make_array(kind)(context, builder, array).data
             for kind, array in zip(signature.args[:4:2], arguments[:4:2], strict=True)
         )
-        vector = ir.VectorType(ir.FloatType(), STRIP)
+        kind = signature.args[0].dtype
+        vector = ir.VectorType(context.get_data_type(kind), STRIP)
         place = builder.bitcast(builder.gep(memory, [arguments[1]]), vector.as_pointer())
         word = builder.bitcast(builder.gep(masks, [arguments[3]]), ir.IntType(STRIP).as_pointer())
         kept = builder.bitcast(builder.load(word, align=1), ir.VectorType(ir.IntType(1), STRIP))
         one, zero = (ir.Constant(vector, [number] * STRIP) for number in (1.0, 0.0))
-        scaled = builder.fmul(builder.load(place, align=4), repeated(builder, arguments[4], vector))
+        align = kind.bitwidth // 8
+        taken = builder.load(place, align=align)
+        scaled = builder.fmul(taken, repeated(builder, arguments[4], vector))
         thinned = builder.fadd(builder.fmul(scaled, builder.select(kept, one, zero)), zero)
-        builder.store(thinned, place, align=4)
+        builder.store(thinned, place, align=align)
         return context.get_dummy_value()
 
-    return types.void(values, types.intp, packed, types.intp, types.float32), generate
+    return types.void(values, types.intp, packed, types.intp, values.dtype), generate
 
 
 def repeated(builder: Any, number: Any, vector: Any) -> Any:
@@ -136,8 +139,22 @@ def first_of(_context, bits):
     return types.uint64(bits), generate
 
 
+def by_precision(function: Callable[[int], Any]) -> Any:
+    """What compiled code calls for numbers of 32 bits and of 64; ``function`` makes it for each."""
+
+    def chosen(value):
+        raise NotImplementedError
+
+    @overload(chosen, jit_options=_OPTIONS)
+    def _chosen(value):
+        own = function(value.bitwidth)
+        return lambda value: own(value)
+
+    return chosen
+
+
 def wide(value):
-    """A number of a checkpoint in float32; compiled code alone calls it."""
+    """A number of a checkpoint in the precision of arithmetic; compiled code alone calls it."""
     raise NotImplementedError
 
 
@@ -168,7 +185,7 @@ def _half(bits: Any) -> Any:
 
 
 def narrow(value, bits, kind):
-    """A finite float32, with its bits, as a checkpoint's; compiled code alone calls it."""
+    """A finite number, with its bits, as a checkpoint's; compiled code alone calls it."""
     raise NotImplementedError
 
 

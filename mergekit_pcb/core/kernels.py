@@ -1,30 +1,25 @@
 """The loops of PCB, compiled: what torch does in one pass over memory an operation, in one for all.
 
-They follow ``formulas.py`` operation by operation in float32, each rounded by itself, so that a
-merge has the same bits with them and without. Arrays are parts of scratch, a row per task, of
-which the first ``count`` columns are meant; ``bits`` are an array beside them, seen as integers,
-whose order is that of numbers from 0 on, and which compilers compare by vectors. ``walks.py`` calls
-them.
+They follow ``formulas.py`` operation by operation in float32 or float64, each rounded by itself,
+so that a merge has the same bits with them and without. Arrays are parts of scratch, a row per
+task, of which the first ``count`` columns are meant; ``bits`` are an array beside them, seen as
+integers, whose order is that of numbers from 0 on, and which compilers compare by vectors.
+``walks.py`` calls them.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 
-from mergekit_pcb.core.formulas import (
-    HYPERBOLIC,
-    LEAST_EXPONENT,
-    LOG2_E,
-    MIDDLE,
-    POWER_OF_TWO,
-    ROUNDING,
-    SMALL,
-)
+from mergekit_pcb.core.formulas import DOUBLE, LOG2_E, MIDDLE, SINGLE
 from mergekit_pcb.core.intrinsics import (
     above,
     below,
+    by_precision,
     first_of,
     loop,
     narrow,
@@ -35,21 +30,87 @@ from mergekit_pcb.core.intrinsics import (
 )
 from mergekit_pcb.core.vectors import AT_ONCE, STRIP
 
-# Numbers of no precision of their own would be of float64.
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(numpy.float32, POWER_OF_TWO)
-_ROUNDING, _LEAST = numpy.float32(ROUNDING), numpy.float32(LEAST_EXPONENT)
-_H0, _H1, _H2, _H3, _H4 = map(numpy.float32, HYPERBOLIC)
-_MIDDLE, _MINUS_2_LOG2_E = numpy.float32(MIDDLE), numpy.float32(-2 * LOG2_E)
-_SMALL, _MINUS_THIRD = numpy.float32(SMALL), numpy.float32(-1 / 3)
-_ZERO, _ONE = numpy.float32(0), numpy.float32(1)
-_MAGNITUDE = numpy.int32(0x7FFFFFFF)
 _ALL = numpy.uint64(2**64 - 1)
 
 
-@loop
-def _number(bits: Any) -> Any:
-    """The float32 of these bits."""
-    return numpy.int32(bits).view(numpy.float32)
+def _polynomial(coefficients: Sequence[Any]) -> Any:
+    """Compiled Horner's rule for a polynomial, given from its constant on."""
+    first, *rest = coefficients
+    if not rest:
+        return loop(lambda x: first)  # noqa: ARG005 - as the others
+    higher = _polynomial(rest)
+    return loop(lambda x: higher(x) * x + first)
+
+
+@functools.cache
+def _elementary(width: int) -> dict[str, Any]:
+    """Compiled functions of numbers of so many bits, spelled out as ``formulas.py`` has them."""
+    own = SINGLE if width == 32 else DOUBLE
+    real, whole = (numpy.dtype(f"{kind}{width // 8}").type for kind in "fi")
+    one, middle, small = real(1), real(MIDDLE), real(own.small)
+    minus_third, minus_2_log2_e = real(-1 / 3), real(-2 * LOG2_E)
+    rounding, least = real(own.rounding), real(own.least_exponent)
+    bias, fraction = whole(1 - own.least_exponent), whole(own.fraction)
+    all_but_sign = whole(numpy.iinfo(whole).max)
+    powers = _polynomial([real(number) for number in own.power_of_two])
+    hyperbolic = _polynomial([real(number) for number in own.hyperbolic])
+
+    @loop
+    def number(bits: Any) -> Any:
+        return whole(bits).view(real)
+
+    @loop
+    def magnitude(bits: Any) -> Any:
+        return whole(bits & all_but_sign)
+
+    @loop
+    def power_of_two(y: Any) -> Any:
+        y = max(y, least)
+        rounded = (y + rounding) - rounding
+        bits = whole(whole(whole(rounded) + bias) << fraction)
+        return powers(y - rounded) * bits.view(real)
+
+    @loop
+    def is_small(z: Any) -> Any:
+        return abs(z) <= small
+
+    @loop
+    def is_middle(z: Any) -> Any:
+        return abs(z) <= middle
+
+    @loop
+    def tanh_of_small(z: Any) -> Any:
+        return z + z * z * z * minus_third
+
+    @loop
+    def tanh_of_middle(z: Any) -> Any:
+        w = z * z
+        return z + hyperbolic(w) * w * z
+
+    @loop
+    def tanh_of_large(z: Any) -> Any:
+        t = power_of_two(abs(z) * minus_2_log2_e)
+        found = (one - t) / (one + t)
+        return found if z > 0 else -found
+
+    return {
+        function.__name__: function
+        for function in (
+            number, magnitude, power_of_two, is_small, is_middle, tanh_of_small, tanh_of_middle,
+            tanh_of_large,
+        )
+    }  # fmt: skip
+
+
+def _by_precision(name: str) -> Any:
+    return by_precision(lambda width: _elementary(width)[name])
+
+
+_number, _magnitude = map(_by_precision, ("number", "magnitude"))
+_power_of_two, _is_small, _is_middle = map(_by_precision, ("power_of_two", "is_small", "is_middle"))
+_tanh_of_small, _tanh_of_middle, _tanh_of_large = (
+    _by_precision(f"tanh_of_{size}") for size in ("small", "middle", "large")
+)
 
 
 @loop
@@ -106,7 +167,7 @@ def magnitudes(tau: Any, out: Any, bits: Any, count: int) -> Any:
 
     Those of NaN are above those of infinity, and those above all numbers'.
     """
-    largest = numpy.int32(0)
+    largest = bits.dtype.type(0)
     for task in range(len(tau)):
         for i in range(count):
             out[task, i] = abs(tau[task, i])
@@ -171,7 +232,7 @@ def scores(
     tau: Any, total: Any, table: Any, out: Any, products: Any, product_bits: Any, count: int
 ) -> None:
     """The scores of all tasks; ``table`` is that of ``formulas.py``, ``products`` scratch."""
-    largest = numpy.int32(0)
+    largest = product_bits.dtype.type(0)
     for task in range(len(tau)):
         low, high = table[task, 0], table[task, 1]
         factor, exponent = table[task, 2], table[task, 3]
@@ -181,49 +242,20 @@ def scores(
         for i in range(count):
             products[task, i] = tau[task, i] * total[i]
         for i in range(count):
-            largest = max(largest, numpy.int32(product_bits[task, i] & _MAGNITUDE))
+            largest = max(largest, _magnitude(product_bits[task, i]))
     for task in range(len(tau)):
-        if _number(largest) <= _SMALL:
+        if _is_small(_number(largest)):
             for i in range(count):
                 out[task, i] *= _tanh_of_small(products[task, i])
-        elif _number(largest) <= _MIDDLE:
+        elif _is_middle(_number(largest)):
             for i in range(count):
                 z = products[task, i]
-                found = _tanh_of_small(z) if abs(z) <= _SMALL else _tanh_of_middle(z)
-                out[task, i] *= found
+                out[task, i] *= _tanh_of_small(z) if _is_small(z) else _tanh_of_middle(z)
         else:
             for i in range(count):
                 z = products[task, i]
-                near = _tanh_of_middle(z) if abs(z) <= _MIDDLE else _tanh_of_large(z)
-                out[task, i] *= _tanh_of_small(z) if abs(z) <= _SMALL else near
-
-
-@loop
-def _power_of_two(y: Any) -> Any:
-    y = max(y, _LEAST)
-    whole = (y + _ROUNDING) - _ROUNDING
-    f = y - whole
-    p = (((((f * _C6 + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _C0
-    bits = numpy.int32(numpy.int32(numpy.int32(whole) + numpy.int32(127)) << 23)
-    return p * bits.view(numpy.float32)
-
-
-@loop
-def _tanh_of_small(z: Any) -> Any:
-    return z + z * z * z * _MINUS_THIRD
-
-
-@loop
-def _tanh_of_middle(z: Any) -> Any:
-    w = z * z
-    return z + ((((w * _H4 + _H3) * w + _H2) * w + _H1) * w + _H0) * w * z
-
-
-@loop
-def _tanh_of_large(z: Any) -> Any:
-    t = _power_of_two(abs(z) * _MINUS_2_LOG2_E)
-    found = (_ONE - t) / (_ONE + t)
-    return found if z > 0 else -found
+                near = _tanh_of_middle(z) if _is_middle(z) else _tanh_of_large(z)
+                out[task, i] *= _tanh_of_small(z) if _is_small(z) else near
 
 
 @loop
@@ -260,7 +292,7 @@ def combine(
             delta = tau[task, i]
             share = (max(scores[task, i], threshold) - threshold) / width
             clamped = min(max(abs(delta), low), high)
-            signed = weight if delta > 0 else (-weight if delta < 0 else _ZERO)
+            signed = weight if delta > 0 else (-weight if delta < 0 else delta)
             divisor[i] += share
             numerator[i] += share * clamped * signed
     for i in range(count):
@@ -276,14 +308,14 @@ def subtract(base: Any, start: int, values: Any, bits: Any, count: int) -> Any:
     own = base[start : start + count]
     for i in range(count):
         values[i] = wide(own[i]) - values[i]
-    largest = numpy.int32(0)
+    largest = bits.dtype.type(0)
     for i in range(count):
-        largest = max(largest, numpy.int32(bits[i] & _MAGNITUDE))
+        largest = max(largest, _magnitude(bits[i]))
     return largest
 
 
 @loop
 def store(values: Any, bits: Any, out: Any, count: int) -> None:
-    """Float32 to what a checkpoint holds: the nearest, of two the even one."""
+    """What a checkpoint holds of numbers: the nearest, of two the even one."""
     for i in range(count):
         out[i] = narrow(values[i], bits[i], out.dtype)

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from mergekit_pcb.core.dare import MULTIPLIERS, ROUNDS, WEYL
-from mergekit_pcb.core.intrinsics import kept_on_disk, repeated, words_below, words_equal
+from mergekit_pcb.core.intrinsics import below, equal, kept_on_disk, repeated
 from mergekit_pcb.core.vectors import STRIP
 
 # Counters that are drawn at a time, by vectors, and the words of 16 bits that they give.
@@ -61,11 +61,11 @@ def _product(builder: Any, values: Any, factor: int) -> tuple[Any, Any]:
     """The upper and the lower 64 bits of products, from those of halves, which processors have."""
     half, rest = _constant(32), _constant(0xFFFFFFFF)
     low, high = builder.and_(values, rest), builder.lshr(values, half)
-    below, above = (_constant(number) for number in (factor & 0xFFFFFFFF, factor >> 32))
-    least = builder.mul(low, below)
-    middle = builder.add(builder.mul(high, below), builder.lshr(least, half))
-    other = builder.add(builder.mul(low, above), builder.and_(middle, rest))
-    most = builder.add(builder.mul(high, above), builder.lshr(middle, half))
+    lower, upper = (_constant(number) for number in (factor & 0xFFFFFFFF, factor >> 32))
+    least = builder.mul(low, lower)
+    middle = builder.add(builder.mul(high, lower), builder.lshr(least, half))
+    other = builder.add(builder.mul(low, upper), builder.and_(middle, rest))
+    most = builder.add(builder.mul(high, upper), builder.lshr(middle, half))
     return (
         builder.add(most, builder.lshr(other, half)),
         builder.or_(builder.shl(other, half), builder.and_(least, rest)),
@@ -94,17 +94,17 @@ def compare(
         low += numpy.uint64(COUNTERS)
         high += numpy.uint64(low < numpy.uint64(COUNTERS))
         for strip in range(_WORDS // STRIP):
-            less[first + strip] = words_below(words, strip * STRIP, fence)
-            same[first + strip] = words_equal(words, strip * STRIP, fence)
+            less[first + strip] = below(words, strip * STRIP, fence)
+            same[first + strip] = equal(words, strip * STRIP, fence)
 
 
 def against(key: int, counter: int, count: int, fence: int) -> tuple[Any, Any]:
     """As that of ``dare.py``, with more bits than words asked for."""
     numbers, strips = numpy.empty(4 * COUNTERS, "u8"), -(-count // _WORDS) * (_WORDS // STRIP)
-    below, equal = numpy.empty((2, strips), "<u8")
+    less, same = numpy.empty((2, strips), "<u8")
     halves = [
         numpy.uint64(half) for whole in (key, counter) for half in divmod(whole, 1 << 64)[::-1]
     ]
     asked = *halves, numpy.uint16(fence)
-    compare(*asked, numbers, numbers.view("u2"), below, equal)
-    return below.view("u1"), equal.view("u1")
+    compare(*asked, numbers, numbers.view("u2"), less, same)
+    return less.view("u1"), same.view("u1")

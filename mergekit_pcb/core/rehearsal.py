@@ -23,7 +23,7 @@ from mergekit_pcb.core.formulas import (
     signed_,
 )
 from mergekit_pcb.core.ranks import OrderStatistic
-from mergekit_pcb.core.vectors import STRIP, Aligned, Scratch
+from mergekit_pcb.core.vectors import STRIP, Aligned, Scratch, working_dtype
 
 # Ordinary ones, and such that what is divided is subnormal.
 _WEIGHTS = (-1.0, 0.5), (-1e-40, 5e-41)
@@ -42,7 +42,7 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
     mask = dare.Mask(dare.Dare(0.3, 0, 0), "", len(base))
     aligned = Aligned("", base, (base * 1.5, base * 0.75), masks=(mask, None))
     walked = walk(aligned)
-    chunks = aligned.chunks(Scratch(torch.float32))
+    chunks = aligned.chunks(Scratch(working_dtype(kind)))
     parts = [[chunk.task_vector(task).clone() for task in range(2)] for chunk in chunks]
     taus = [torch.cat(own) for own in zip(*parts, strict=True)]
     sizes, intervals = [tau.abs() for tau in taus], [Balance(0.0, 1.0)] * 2
@@ -64,7 +64,7 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
         right &= walked.merge(both, 2, weights, merged)
         walked.delta(both, 2, weights, 0, found)
         right &= torch.equal(found, opposite)
-        right &= torch.equal(merged, (base.float() - opposite).to(kind))
+        right &= torch.equal(merged, (base.to(opposite.dtype) - opposite).to(kind))
     if not right:
         raise RuntimeError("compiled code gives wrong numbers")
 

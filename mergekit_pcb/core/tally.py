@@ -23,33 +23,35 @@ Open = Mapping[int, Sequence[OrderStatistic]]
 
 
 class Room:
-    """The memory of a thread: rows of a block for each task.
+    """The memory of a thread: rows of a block for each task, in a precision that numpy names.
 
     A block has ``size`` elements, and a piece ``piece`` at most.
     """
 
-    def __init__(self, tasks: int, size: int, piece: int) -> None:
-        self.size, self.piece = size, piece
-        self.tau, self.values, products = numpy.empty((3, tasks, size), "f4")
-        self.total, merged = numpy.empty((2, size), "f4")
+    def __init__(self, tasks: int, size: int, piece: int, precision: str) -> None:
+        self.size, self.piece, self.precision = size, piece, precision
+        self.tau, self.values, products = numpy.empty((3, tasks, size), precision)
+        self.total, merged = numpy.empty((2, size), precision)
         self.masks = numpy.zeros((tasks, piece // 8), "u1")
-        self.bits = self.values.view("i4")
-        self.products = products, products.view("i4")
-        self.merged = merged, merged.view("i4")
-        self._pools = numpy.empty((0, 0), "f4")
+        whole = precision.replace("f", "i")
+        self.bits = self.values.view(whole)
+        self.products = products, products.view(whole)
+        self.merged = merged, merged.view(whole)
+        self._pools = numpy.empty((0, 0), precision)
 
     def pools(self, lines: int) -> Any:
         """Memory for what each of so many lines keeps, more than a block."""
         if len(self._pools) < lines:
-            self._pools = numpy.empty((lines, KEPT_ELEMENTS + self.size + AT_ONCE), "f4")
+            size = KEPT_ELEMENTS + self.size + AT_ONCE
+            self._pools = numpy.empty((lines, size), self.precision)
         return self._pools[:lines]
 
     @classmethod
-    def of_thread(cls, tasks: int, size: int, piece: int) -> Room:
+    def of_thread(cls, *needed: Any) -> Room:
         """The room that this thread uses for one tensor after the other."""
-        room: Room | None = getattr(_thread, "room", None)
-        if room is None or (*room.tau.shape, room.piece) != (tasks, size, piece):
-            room = _thread.room = cls(tasks, size, piece)
+        if getattr(_thread, "needed", None) != needed:
+            _thread.room, _thread.needed = cls(*needed), needed
+        room: Room = _thread.room
         return room
 
 
@@ -80,7 +82,7 @@ class Tally:
             (-math.inf if low is None else low, math.inf if high is None else high)
             for low, high in self._fences
         ]
-        self._table = numpy.array(table, "f4").reshape(-1, 2)
+        self._table = numpy.array(table, self._pools.dtype).reshape(-1, 2)
         self._tied = numpy.array([statistic.tied for statistic in self._lines.statistics], bool)
 
     @property

@@ -37,7 +37,7 @@ def walk_magnitudes(
     It ends before ``end`` where ``pools`` may not hold what another block brings. ``masks`` begin
     at element ``first``.
     """
-    largest = numpy.int32(0)
+    largest = bits.dtype.type(0)
     while start < end:
         count = min(values.shape[1], end - start)
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
@@ -83,7 +83,7 @@ def walk_merge(
 
     What ``out`` cannot hold becomes anything.
     """
-    most = numpy.int32(0)
+    most = merged_bits.dtype.type(0)
     while start < end:
         count = min(values.shape[1], end - start)
         task_vectors(base, addresses, masks, factors, first, start, tau, count)
@@ -115,7 +115,7 @@ def walk_delta(
 @kept_on_disk
 def _between(values: Any, low: Any, high: Any, counts_ties: bool, kept: Any) -> Any:
     at_most = less = fill = numpy.int64(0)
-    last, rest = numpy.zeros(STRIP, numpy.float32), len(values) % STRIP
+    last, rest = numpy.zeros(STRIP, values.dtype), len(values) % STRIP
     last[:rest] = values[len(values) - rest :]
     for start in range(0, len(values), STRIP):
         length = min(STRIP, len(values) - start)
@@ -130,12 +130,11 @@ def _between(values: Any, low: Any, high: Any, counts_ties: bool, kept: Any) -> 
 def between(
     values: Any, low: float | None, high: float | None, *, tied: bool
 ) -> tuple[int, int, Any]:
-    """As that of ``ranks.py``, to which it leaves what has one fence or is no array of float32."""
-    plain = values.dtype == numpy.float32 and values.flags.c_contiguous
-    if low is None or high is None or not plain:
+    """As that of ``ranks.py``, to which it leaves what has one fence or lies apart in memory."""
+    if low is None or high is None or not values.flags.c_contiguous:
         return ranks.between(values, low, high, tied=tied)
-    kept = numpy.empty(len(values) + AT_ONCE, "f4")
-    fences = numpy.float32(low), numpy.float32(high)
+    kept = numpy.empty(len(values) + AT_ONCE, values.dtype)
+    fences = values.dtype.type(low), values.dtype.type(high)
     at_most, less, fill = _between(values, *fences, tied, kept)
     return at_most, less, kept[:fill].copy()
 

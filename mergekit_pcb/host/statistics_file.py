@@ -87,7 +87,7 @@ class Task(Checkpoint):
 class Document(_Strict):
     """Everything that determines the statistics, and the statistics."""
 
-    format: Literal["mergekit-pcb statistics, version 6"]
+    format: Literal["mergekit-pcb statistics, version 7"]
     versions: dict[str, str]
     clip: FiniteFloat
     #: Which elements DARE kept, and by which generator; null where it was off for all tasks.
@@ -156,7 +156,7 @@ def compose(
     recipe = wanted.recipe
     seeds = [mask.seed for mask in recipe.dare if mask is not None]
     document = Document(
-        format="mergekit-pcb statistics, version 6",
+        format="mergekit-pcb statistics, version 7",
         versions=_versions(),
         clip=recipe.clip,
         seed=seeds[0] if seeds else None,
