@@ -17,7 +17,7 @@ from mergekit_pcb.files import write_text
 from mergekit_pcb.tools.search_job import Job
 from mergekit_pcb.tools.search_space import require_optuna
 
-FORMAT = "mergekit-pcb search, version 6"
+FORMAT = "mergekit-pcb search, version 7"
 JOURNAL, CONTRIBUTIONS, MERGED, TRIALS, WORKERS, REFERENCE, SCORING, IDENTITY = (
     "study.journal", "contributions", "merged", "trials", "workers", "reference", "scoring",
     "identity",
