@@ -36,6 +36,19 @@ def loop(function: Callable[..., Any]) -> Any:
     return njit(**_OPTIONS)(function)
 
 
+def named(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile one of several functions of the same types that Python would call the same.
+
+    What is loaded from a disk may meet what is compiled now, and is told from it by names.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        function.__qualname__ = name
+        return loop(function)
+
+    return compiled
+
+
 def kept_on_disk(function: Callable[..., Any]) -> Any:
     """Compile a function that is called from outside, once on a machine.
 
@@ -139,7 +152,7 @@ def first_of(_context, bits):
     return types.uint64(bits), generate
 
 
-def by_precision(function: Callable[[int], Any]) -> Any:
+def by_precision(name: str, function: Callable[[int], Any]) -> Any:
     """What compiled code calls for numbers of 32 bits and of 64; ``function`` makes it for each."""
 
     def chosen(value):
@@ -148,7 +161,12 @@ def by_precision(function: Callable[[int], Any]) -> Any:
     @overload(chosen, jit_options=_OPTIONS)
     def _chosen(value):
         own = function(value.bitwidth)
-        return lambda value: own(value)
+
+        def call(value):
+            return own(value)
+
+        call.__qualname__ = f"{name}_by_precision"
+        return call
 
     return chosen
 

@@ -22,6 +22,7 @@ from mergekit_pcb.core.intrinsics import (
     by_precision,
     first_of,
     loop,
+    named,
     narrow,
     ones,
     read,
@@ -33,13 +34,14 @@ from mergekit_pcb.core.vectors import AT_ONCE, STRIP
 _ALL = numpy.uint64(2**64 - 1)
 
 
-def _polynomial(coefficients: Sequence[Any]) -> Any:
+def _polynomial(name: str, coefficients: Sequence[Any]) -> Any:
     """Compiled Horner's rule for a polynomial, given from its constant on."""
     first, *rest = coefficients
+    own = named(f"{name}_{len(rest)}")
     if not rest:
-        return loop(lambda x: first)  # noqa: ARG005 - as the others
-    higher = _polynomial(rest)
-    return loop(lambda x: higher(x) * x + first)
+        return own(lambda x: first)  # noqa: ARG005 - as the others
+    higher = _polynomial(name, rest)
+    return own(lambda x: higher(x) * x + first)
 
 
 @functools.cache
@@ -52,8 +54,8 @@ def _elementary(width: int) -> dict[str, Any]:
     rounding, least = real(own.rounding), real(own.least_exponent)
     bias, fraction = whole(1 - own.least_exponent), whole(own.fraction)
     all_but_sign = whole(numpy.iinfo(whole).max)
-    powers = _polynomial([real(number) for number in own.power_of_two])
-    hyperbolic = _polynomial([real(number) for number in own.hyperbolic])
+    powers = _polynomial("powers", [real(number) for number in own.power_of_two])
+    hyperbolic = _polynomial("hyperbolic", [real(number) for number in own.hyperbolic])
 
     @loop
     def number(bits: Any) -> Any:
@@ -103,7 +105,7 @@ def _elementary(width: int) -> dict[str, Any]:
 
 
 def _by_precision(name: str) -> Any:
-    return by_precision(lambda width: _elementary(width)[name])
+    return by_precision(name, lambda width: _elementary(width)[name])
 
 
 _number, _magnitude = map(_by_precision, ("number", "magnitude"))
