@@ -40,6 +40,9 @@ PIECES_PER_THREAD = 8
 # once after installation).
 WORTH_LOADING = 1 << 22
 _ready: set[tuple[str, torch.dtype]] = set()
+# What looks between fences, as ``ranks.between`` does, by the precision in which it was tried.
+_Look = Callable[..., tuple[int, int, Any]]
+_looks: dict[Any, _Look] = {}
 #: Who compiles loops for tensors on a device.
 _COMPILERS = {"cpu": "numba", "cuda": "Triton"}
 # What numpy takes the bits of a dtype for, and how it calls the precision of arithmetic.
@@ -88,10 +91,12 @@ def compiled(device: str, kind: torch.dtype) -> Any:
             from mergekit_pcb.core import philox
             from mergekit_pcb.core import walks as loops
 
+            precision = numpy.dtype(_KINDS[working_dtype(kind)])
             rehearsal.walks(lambda aligned: Fused(aligned, loops), device, kind)
-            rehearsal.looks(loops)
+            rehearsal.looks(loops, precision)
             rehearsal.masks(philox)
-            dare.compare, ranks.look = philox.against, loops.between
+            _looks[precision] = loops.between
+            dare.compare, ranks.look = philox.against, _look
         else:
             from mergekit_pcb.core import gpu_kernels as loops
 
@@ -109,6 +114,11 @@ def compiled(device: str, kind: torch.dtype) -> Any:
         return None
     _ready.add((device, kind))
     return loops
+
+
+def _look(values: Any, *fences: float | None, tied: bool) -> tuple[int, int, Any]:
+    look: _Look = _looks.get(values.dtype, ranks.between)
+    return look(values, *fences, tied=tied)
 
 
 class Fused:

@@ -196,9 +196,9 @@ def _balances(
     """The intervals completed by threshold and peak of the scores."""
     ranks = [threshold_rank(count, density) for density in recipe.densities]
     factors = [own.factor(len(ranks)) for own in intervals if not own.constant]
-    # Magnitudes that are subnormal.
-    if scratch.dtype != torch.float64 and max(factors, default=0) > torch.finfo(scratch.dtype).max:
-        raise OutOfRangeError("")
+    if max(factors, default=0) > torch.finfo(scratch.dtype).max:  # magnitudes are subnormal
+        for aligned in start_pass():
+            raise OutOfRangeError(aligned.name)
     peaks = dict.fromkeys(range(len(ranks)), -math.inf)
 
     def scores(open_: Open) -> None:

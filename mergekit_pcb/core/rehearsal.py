@@ -25,8 +25,8 @@ from mergekit_pcb.core.formulas import (
 from mergekit_pcb.core.ranks import OrderStatistic
 from mergekit_pcb.core.vectors import STRIP, Aligned, Scratch, working_dtype
 
-# Ordinary ones, and such that what is divided is subnormal.
-_WEIGHTS = (-1.0, 0.5), (-1e-40, 5e-41)
+# Ordinary ones, and, in parts of the smallest normal number, such that what is divided is not one.
+_WEIGHTS, _TINY_WEIGHTS = (-1.0, 0.5), (-(2.0**-7), 2.0**-8)
 # Quotients of scores that may underflow, and others.
 _THRESHOLDS = 0.0, 2.0**-10
 # Walks in which a rank of a few numbers is found.
@@ -57,7 +57,9 @@ def walks(walk: Callable[[Aligned], Any], device: str, kind: torch.dtype) -> Non
 
     # As many at a time as merges look for.
     right = _ranks_are_right(magnitudes, sizes[0], 2) and _ranks_are_right(all_scores, scores[0], 1)
-    for threshold, weights in itertools.product(_THRESHOLDS, _WEIGHTS):
+    smallest = torch.finfo(scores[0].dtype).tiny
+    tiny = tuple(smallest * weight for weight in _TINY_WEIGHTS)
+    for threshold, weights in itertools.product(_THRESHOLDS, (_WEIGHTS, tiny)):
         both = [replace(own, threshold=threshold, peak=1.0) for own in intervals]
         opposite = _opposite(taus, both, weights)
         merged, found = torch.empty_like(base), torch.empty_like(opposite)
@@ -110,7 +112,7 @@ def _scores(taus: list[torch.Tensor], balances: list[Balance]) -> list[torch.Ten
 
 
 def _opposite(
-    taus: list[torch.Tensor], balances: list[Balance], weights: tuple[float, float]
+    taus: list[torch.Tensor], balances: list[Balance], weights: tuple[float, ...]
 ) -> torch.Tensor:
     """The weighted merge of the task vectors, by torch's operations."""
     numerator, divisor = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
@@ -124,9 +126,9 @@ def _opposite(
     return numerator.div_(divisor.clamp_(min=SMALLEST_DIVISOR))
 
 
-def looks(compiled: Any) -> None:
-    """Try what looks between fences, as ``ranks.between`` does."""
-    values = numpy.linspace(0, 1, 3 * STRIP + 1, dtype="f4")
+def looks(compiled: Any, precision: Any) -> None:
+    """Try what looks between fences, as ``ranks.between`` does, in a precision of numpy."""
+    values = numpy.linspace(0, 1, 3 * STRIP + 1, dtype=precision)
     given = values, float(values[9]), float(values[-9])
     if not _alike(*(module.between(*given, tied=True) for module in (compiled, ranks))):
         raise RuntimeError("compiled code counts wrong")

@@ -181,7 +181,7 @@ def chunk_elements(device: torch.device) -> int:
 
 def scratch_chunks(tasks: int) -> int:
     """How many buffers of a chunk's length measuring and merging use at most."""
-    named = 9  # see the names given to Scratch
+    named = 9 + 6  # see the names given to Scratch, and what ``formulas.tanh_`` takes
     return named + min(tasks, KEPT_TASK_VECTORS) + (tasks > KEPT_TASK_VECTORS)
 
 
