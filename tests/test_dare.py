@@ -22,7 +22,7 @@ from test_bad_input import refused, unreadable  # noqa: F401 - a fixture
 from test_whole_model import assert_equal_states, whole_reference
 
 from mergekit_pcb.core import dare
-from mergekit_pcb.core.dare import PIECE_ELEMENTS, WINDOW_ELEMENTS, Dare, Mask
+from mergekit_pcb.core.dare import WINDOW_ELEMENTS, Dare, Mask
 from mergekit_pcb.host import advice, groups, planning
 
 MANY = 1 << 20
@@ -98,7 +98,7 @@ def test_known_answers_of_random123(counter, key, expected):
 def test_the_mask_is_what_plain_integers_say(dtype, density):
     key = {"seed": 7, "task": 2, "tensor": "model.layers.0.mlp.down_proj.weight"}
     tau = torch.linspace(-3, 4, 997, dtype=dtype)
-    for start in (0, 5, PIECE_ELEMENTS - 500, WINDOW_ELEMENTS - 500, 2**40 + 3, 2**68 - 500):
+    for start in (0, 5, WINDOW_ELEMENTS - 500, 2**40 + 3, 2**68 - 500):
         expected = [
             kept_by_dare(index=start + place, density=density, **key) for place in range(len(tau))
         ]
@@ -109,8 +109,8 @@ def test_the_mask_is_what_plain_integers_say(dtype, density):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_many_pieces_at_once_are_the_same_mask(threads):
-    before, start, count = torch.get_num_threads(), WINDOW_ELEMENTS - 70, 3 * PIECE_ELEMENTS + 9
+def test_many_windows_at_once_are_the_same_mask(threads):
+    before, start, count = torch.get_num_threads(), WINDOW_ELEMENTS - 70, 3 * WINDOW_ELEMENTS + 9
     try:
         torch.set_num_threads(threads)
         whole = mask(count, 0.3, start=start)
@@ -118,7 +118,7 @@ def test_many_pieces_at_once_are_the_same_mask(threads):
         torch.set_num_threads(before)
     for place in [*range(140), *random.Random(0).sample(range(count), 3000), count - 1]:
         assert bool(whole[place]) == kept_by_dare(0, 0, "w", start + place, 0.3)
-    for place, size in [(0, 70), (70, 5), (75, 1), (PIECE_ELEMENTS - 3, 999)]:
+    for place, size in [(0, 70), (70, 5), (75, 1), (WINDOW_ELEMENTS - 3, 999)]:
         part = mask(size, 0.3, start=start + place)
         assert torch.equal(part, whole[place : place + size])
 
@@ -135,7 +135,7 @@ def test_bits_are_shifted_out_on_an_accelerator_as_numpy_unpacks_them(monkeypatc
 
 
 def test_a_sample_on_an_accelerator_draws_no_more_than_it_needs(monkeypatch):
-    count = PIECE_ELEMENTS + 1000
+    count = WINDOW_ELEMENTS + 1000
     values, scratch = torch.ones(999), torch.empty(999)
     expected = Mask(Dare(0.4, 0, 0), "w", count).apply_(values.clone(), 0, scratch)
     monkeypatch.setattr(dare, "HOST", "none")

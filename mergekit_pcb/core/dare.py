@@ -39,9 +39,8 @@ WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 HOST = "cpu"
 # One counter of the generator gives four numbers of 64 bits.
 WORDS_PER_COUNTER = 16
-# Elements that are drawn at a time, and by one thread: shorter pieces cost more than they save.
-WINDOW_ELEMENTS = 1 << 22
-PIECE_ELEMENTS = 1 << 20
+# Elements that are drawn at a time, by one thread: fewer cost more than they save.
+WINDOW_ELEMENTS = 1 << 20
 
 
 #: Draws the bits of so many elements by key, upper and lower half of the density, on a device.
@@ -128,24 +127,21 @@ class Mask:
         return parts[0] if len(parts) == 1 else numpy.concatenate(parts), start % 8
 
     def _window(self, window: int) -> Any:
-        for wanted in (window, window + 1):  # the next is drawn while this one is used
+        # The next, one by each thread, are drawn while this one is used.
+        for wanted in range(window, window + 1 + torch.get_num_threads()):
             if wanted not in self._windows and wanted * WINDOW_ELEMENTS < self._count:
                 self._windows[wanted] = self._begin(wanted * WINDOW_ELEMENTS)
-        parts = self._windows[window]
-        if isinstance(parts, list):
-            parts = self._windows[window] = numpy.concatenate([part() for part in parts])
-        return parts
+        bits = self._windows[window]
+        if callable(bits):
+            bits = self._windows[window] = bits()
+        return bits
 
-    def _begin(self, start: int) -> list[Callable[[], Any]]:
-        """Begin to draw a window; each part is a function that waits for its bits."""
-        end = min(start + WINDOW_ELEMENTS, self._count)
-        pieces = [
-            (first, min(PIECE_ELEMENTS, end - first)) for first in range(start, end, PIECE_ELEMENTS)
-        ]
-        if self._count <= PIECE_ELEMENTS or torch.get_num_threads() == 1:
-            return [functools.partial(self._piece, piece) for piece in pieces]
-        threads = pools.pool("masks", torch.get_num_threads())
-        return [threads.submit(self._piece, piece).result for piece in pieces]
+    def _begin(self, start: int) -> Callable[[], Any]:
+        """Begin to draw a window; what comes back waits for its bits."""
+        piece = start, min(WINDOW_ELEMENTS, self._count - start)
+        if self._count <= WINDOW_ELEMENTS or torch.get_num_threads() == 1:
+            return functools.partial(self._piece, piece)
+        return pools.pool("masks", torch.get_num_threads()).submit(self._piece, piece).result
 
     def _piece(self, piece: tuple[int, int]) -> Any:
         start, count = piece

@@ -101,7 +101,7 @@ def compare(
 def against(key: int, counter: int, count: int, fence: int) -> tuple[Any, Any]:
     """As that of ``dare.py``, with more bits than words asked for."""
     numbers, strips = numpy.empty(4 * COUNTERS, "u8"), -(-count // _WORDS) * (_WORDS // STRIP)
-    less, same = numpy.empty((2, strips), "<u8")
+    less, same = (numpy.empty(strips, "<u8") for _ in range(2))
     halves = [
         numpy.uint64(half) for whole in (key, counter) for half in divmod(whole, 1 << 64)[::-1]
     ]
