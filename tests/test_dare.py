@@ -98,7 +98,7 @@ def test_known_answers_of_random123(counter, key, expected):
 def test_the_mask_is_what_plain_integers_say(dtype, density):
     key = {"seed": 7, "task": 2, "tensor": "model.layers.0.mlp.down_proj.weight"}
     tau = torch.linspace(-3, 4, 997, dtype=dtype)
-    for start in (0, 5, WINDOW_ELEMENTS - 500, 2**40 + 3, 2**68 - 500):
+    for start in (0, 5, WINDOW_ELEMENTS - 500, 4 * WINDOW_ELEMENTS - 500, 2**40 + 3, 2**68 - 500):
         expected = [
             kept_by_dare(index=start + place, density=density, **key) for place in range(len(tau))
         ]
