@@ -58,6 +58,7 @@ ARROWS = {
     "core.tally": {"core.ranks", "core.vectors"},
     "core.rehearsal": {"core.dare", "core.formulas", "core.ranks", "core.vectors"},
     "core.fused": {
+        "core.cells",
         "core.dare",
         "core.formulas",
         "core.gpu",

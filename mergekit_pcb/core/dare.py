@@ -105,7 +105,7 @@ class Mask:
         """The same with the first bits, whichever elements ``tau`` holds: for a sample of them."""
         if tau.device.type == HOST:  # which needs the bits around them too
             return self.apply_(tau, 0, scratch)
-        return self._apply_(self._piece((0, len(tau))), 0, tau, scratch)
+        return self._apply_(self._draw(0, len(tau)), 0, tau, scratch)
 
     def _apply_(
         self, packed: Any, skipped: int, tau: torch.Tensor, scratch: torch.Tensor
@@ -138,13 +138,12 @@ class Mask:
 
     def _begin(self, start: int) -> Callable[[], Any]:
         """Begin to draw a window; what comes back waits for its bits."""
-        piece = start, min(WINDOW_ELEMENTS, self._count - start)
+        count = min(WINDOW_ELEMENTS, self._count - start)
         if self._count <= WINDOW_ELEMENTS or torch.get_num_threads() == 1:
-            return functools.partial(self._piece, piece)
-        return pools.pool("masks", torch.get_num_threads()).submit(self._piece, piece).result
+            return functools.partial(self._draw, start, count)
+        return pools.pool("masks", torch.get_num_threads()).submit(self._draw, start, count).result
 
-    def _piece(self, piece: tuple[int, int]) -> Any:
-        start, count = piece
+    def _draw(self, start: int, count: int) -> Any:
         upper, lower = self._fences
         first = start // WORDS_PER_COUNTER
         below, equal = compare(self._key, first, count, min(upper, (1 << 16) - 1))

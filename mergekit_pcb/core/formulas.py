@@ -139,80 +139,60 @@ class Elementary:
     loops could not follow them. All are within two units in the last place.
     """
 
-    #: 2^f for f from -0.5 to 0.5, by powers of f: the polynomial of least relative error whose
-    #: first coefficient is 1, rounded to this precision.
-    power_of_two: tuple[float, ...]
-    #: Added to a small number, it leaves no room for a fraction.
-    rounding: float
-    #: The least exponent of a number that is not subnormal.
-    least_exponent: float
     #: Integers of as many bits, and how many of these are the fraction's.
     integer: torch.dtype
     fraction: int
+    #: The least exponent of a number that is not subnormal.
+    least_exponent: float
+    #: 2^f for f from -0.5 to 0.5, by powers of f: the polynomial of least relative error whose
+    #: first coefficient is 1, rounded to this precision.
+    power_of_two: tuple[float, ...]
     #: Up to here z − z³/3 is tanh z to within rounding.
     small: float
     #: Up to ``MIDDLE`` z + z³ P(z²) is, with P the polynomial of least relative error, rounded to
     #: this precision; beyond, (1 − t) / (1 + t) with t = exp(−2 |z|).
     hyperbolic: tuple[float, ...]
 
+    @property
+    def rounding(self) -> float:
+        """Added to a small number, it leaves no room for a fraction."""
+        return 1.5 * 2.0**self.fraction
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float.fromhex, text.split()))
+
 
 MIDDLE = 0.625
 # Relative errors of the polynomials: 2e-9 and 4e-9.
 SINGLE = Elementary(
-    power_of_two=tuple(
-        map(
-            float.fromhex,
-            (
-                "0x1p+0", "0x1.62e430p-1", "0x1.ebfbdcp-3", "0x1.c6aee8p-5", "0x1.3b2d4cp-7",
-                "0x1.5f3e52p-10", "0x1.41fbbcp-13",
-            ),
-        )
-    ),
-    rounding=1.5 * 2.0**23,
-    least_exponent=-126.0,
     integer=torch.int32,
     fraction=23,
-    small=2.0**-6,
-    hyperbolic=tuple(
-        map(
-            float.fromhex,
-            (
-                "-0x1.555532p-2", "0x1.110726p-3", "-0x1.b83c58p-5", "0x1.522692p-6",
-                "-0x1.75e1a8p-8",
-            ),
-        )
+    least_exponent=-126.0,
+    power_of_two=_numbers(
+        "0x1p+0 0x1.62e430p-1 0x1.ebfbdcp-3 0x1.c6aee8p-5 0x1.3b2d4cp-7 0x1.5f3e52p-10 "
+        "0x1.41fbbcp-13"
     ),
-)  # fmt: skip
+    small=2.0**-6,
+    hyperbolic=_numbers("-0x1.555532p-2 0x1.110726p-3 -0x1.b83c58p-5 0x1.522692p-6 -0x1.75e1a8p-8"),
+)
 # Relative errors of the polynomials: 3e-18 and 1e-17.
 DOUBLE = Elementary(
-    power_of_two=tuple(
-        map(
-            float.fromhex,
-            (
-                "0x1p+0", "0x1.62e42fefa39efp-1", "0x1.ebfbdff82c5a4p-3", "0x1.c6b08d7049fe8p-5",
-                "0x1.3b2ab6fba0119p-7", "0x1.5d87fe78cd6e2p-10", "0x1.4309130ed8f0ap-13",
-                "0x1.ffcbfba97cbfap-17", "0x1.62bfc79cf6aadp-20", "0x1.b5267ce6d1bf2p-24",
-                "0x1.e61b502708e4cp-28", "0x1.e79bae7fbaf41p-32",
-            ),
-        )
-    ),
-    rounding=1.5 * 2.0**52,
-    least_exponent=-1022.0,
     integer=torch.int64,
     fraction=52,
-    small=2.0**-13,
-    hyperbolic=tuple(
-        map(
-            float.fromhex,
-            (
-                "-0x1.55555555554ffp-2", "0x1.111111110accfp-3", "-0x1.ba1ba1b506558p-5",
-                "0x1.664f477adc3acp-6", "-0x1.226e162c15e41p-7", "0x1.d6cf2811ea851p-9",
-                "-0x1.7d68a34ab373fp-10", "0x1.3366137ae7b58p-11", "-0x1.df557dd3e877dp-13",
-                "0x1.439129adc171cp-14", "-0x1.0da736708bfcbp-16",
-            ),
-        )
+    least_exponent=-1022.0,
+    power_of_two=_numbers(
+        "0x1p+0 0x1.62e42fefa39efp-1 0x1.ebfbdff82c5a4p-3 0x1.c6b08d7049fe8p-5 "
+        "0x1.3b2ab6fba0119p-7 0x1.5d87fe78cd6e2p-10 0x1.4309130ed8f0ap-13 0x1.ffcbfba97cbfap-17 "
+        "0x1.62bfc79cf6aadp-20 0x1.b5267ce6d1bf2p-24 0x1.e61b502708e4cp-28 0x1.e79bae7fbaf41p-32"
     ),
-)  # fmt: skip
+    small=2.0**-13,
+    hyperbolic=_numbers(
+        "-0x1.55555555554ffp-2 0x1.111111110accfp-3 -0x1.ba1ba1b506558p-5 0x1.664f477adc3acp-6 "
+        "-0x1.226e162c15e41p-7 0x1.d6cf2811ea851p-9 -0x1.7d68a34ab373fp-10 0x1.3366137ae7b58p-11 "
+        "-0x1.df557dd3e877dp-13 0x1.439129adc171cp-14 -0x1.0da736708bfcbp-16"
+    ),
+)
 ELEMENTARY = {torch.float32: SINGLE, torch.float64: DOUBLE}
 
 

@@ -21,6 +21,7 @@ import numpy
 import torch
 
 from mergekit_pcb.core import dare, pools, ranks, rehearsal
+from mergekit_pcb.core.cells import KINDS
 from mergekit_pcb.core.formulas import SMALLEST_DIVISOR, Balance, table
 from mergekit_pcb.core.gpu import MOST_TASKS, OnGPU, current
 from mergekit_pcb.core.tally import Lines, Open, Room, Tally
@@ -45,7 +46,7 @@ _Look = Callable[..., tuple[int, int, Any]]
 _looks: dict[Any, _Look] = {}
 #: Who compiles loops for tensors on a device.
 _COMPILERS = {"cpu": "numba", "cuda": "Triton"}
-# What numpy takes the bits of a dtype for, and how it calls the precision of arithmetic.
+# What numpy takes the bits of a dtype for.
 _KINDS = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "u2", torch.float16: "i2"}
 
 
@@ -91,7 +92,7 @@ def compiled(device: str, kind: torch.dtype) -> Any:
             from mergekit_pcb.core import philox
             from mergekit_pcb.core import walks as loops
 
-            precision = numpy.dtype(_KINDS[working_dtype(kind)])
+            precision = numpy.dtype(KINDS[working_dtype(kind)][0])
             rehearsal.walks(lambda aligned: Fused(aligned, loops), device, kind)
             rehearsal.looks(loops, precision)
             rehearsal.masks(philox)
@@ -128,8 +129,8 @@ class Fused:
         self._aligned, self._loops, self._count = aligned, walks, len(aligned.tasks)
         self._base = _bits(aligned.base)
         self._addresses = numpy.array([task.data_ptr() for task in aligned.tasks], "i8")
-        self._precision = _KINDS[working_dtype(aligned.base.dtype)]
-        self._factors = numpy.array(aligned.factors, self._precision)
+        self._real, self._whole = KINDS[working_dtype(aligned.base.dtype)]
+        self._factors = numpy.array(aligned.factors, self._real)
 
     def magnitudes(self, open_: Open) -> float:
         """Show the statistics all magnitudes; the largest, NaN or infinite where one of them is."""
@@ -158,7 +159,7 @@ class Fused:
 
         def work(room: Room, pieces: Iterator[tuple[int, int]]) -> None:
             tally = Tally(lines, room)
-            most = numpy.full(self._count, -math.inf, self._precision)
+            most = numpy.full(self._count, -math.inf, self._real)
             own = room.tau, room.total, rows, room.values, room.bits, *room.products, most
             for first, end in pieces:
                 inputs, start = self._inputs(room, first, end), first
@@ -219,12 +220,11 @@ class Fused:
         return room.tau, room.total, rows, room.values, *room.products, smallest
 
     def _table(self, balances: Sequence[Balance], tasks: int, weights: Sequence[float]) -> Any:
-        return table(balances, tasks, weights, self._precision)
+        return table(balances, tasks, weights, self._real)
 
     def _number(self, bits: int) -> float:
         """The number that has these bits."""
-        whole = self._precision.replace("f", "i")
-        return float(numpy.array(bits, whole).view(self._precision))
+        return float(numpy.array(bits, self._whole).view(self._real))
 
     def _inputs(self, room: Room, first: int, end: int) -> tuple[Any, ...]:
         """What the loops read of a piece; masks are given as bits."""
@@ -256,7 +256,8 @@ class Fused:
 
         def run() -> None:
             piece = LARGEST_PIECE + BLOCK_ELEMENTS
-            room = Room.of_thread(self._count, BLOCK_ELEMENTS, piece, self._precision)
+            kinds = self._real, self._whole
+            room = Room.of_thread(self._count, BLOCK_ELEMENTS, piece, *kinds)
             work(room, pieces())
 
         helpers = min(threads, -(-(end - begin) // size)) - 1

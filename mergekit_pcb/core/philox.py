@@ -9,13 +9,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mergekit_pcb.core.dare import MULTIPLIERS, ROUNDS, WEYL
+from mergekit_pcb.core.dare import MULTIPLIERS, ROUNDS, WEYL, WORDS_PER_COUNTER
 from mergekit_pcb.core.intrinsics import below, equal, kept_on_disk, repeated
 from mergekit_pcb.core.vectors import STRIP
 
 # Counters that are drawn at a time, by vectors, and the words of 16 bits that they give.
 COUNTERS = 16
-_WORDS = 16 * COUNTERS
+_WORDS = WORDS_PER_COUNTER * COUNTERS
 _NUMBER = ir.IntType(64)
 _VECTOR = ir.VectorType(_NUMBER, COUNTERS)
 

@@ -23,27 +23,27 @@ Open = Mapping[int, Sequence[OrderStatistic]]
 
 
 class Room:
-    """The memory of a thread: rows of a block for each task, in a precision that numpy names.
+    """The memory of a thread: rows of a block for each task.
 
-    A block has ``size`` elements, and a piece ``piece`` at most.
+    They are ``real`` numbers, seen as ``whole`` ones too, as numpy calls them. A block has
+    ``size`` elements, and a piece ``piece`` at most.
     """
 
-    def __init__(self, tasks: int, size: int, piece: int, precision: str) -> None:
-        self.size, self.piece, self.precision = size, piece, precision
-        self.tau, self.values, products = numpy.empty((3, tasks, size), precision)
-        self.total, merged = numpy.empty((2, size), precision)
+    def __init__(self, tasks: int, size: int, piece: int, real: str, whole: str) -> None:
+        self.size = size
+        self.tau, self.values, products = numpy.empty((3, tasks, size), real)
+        self.total, merged = numpy.empty((2, size), real)
         self.masks = numpy.zeros((tasks, piece // 8), "u1")
-        whole = precision.replace("f", "i")
         self.bits = self.values.view(whole)
         self.products = products, products.view(whole)
         self.merged = merged, merged.view(whole)
-        self._pools = numpy.empty((0, 0), precision)
+        self._pools = numpy.empty((0, 0), real)
 
     def pools(self, lines: int) -> Any:
         """Memory for what each of so many lines keeps, more than a block."""
         if len(self._pools) < lines:
             size = KEPT_ELEMENTS + self.size + AT_ONCE
-            self._pools = numpy.empty((lines, size), self.precision)
+            self._pools = numpy.empty((lines, size), self._pools.dtype)
         return self._pools[:lines]
 
     @classmethod
